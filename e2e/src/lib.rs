@@ -1,0 +1,1 @@
+//! Tests of KalamDB on a real cluster

@@ -1,0 +1,182 @@
+//! Cluster mode: the catalog is tailed from the home store, credentials come from Kubernetes Secrets. Both are kept on
+//! the pod's volume, so that a restart needs neither the API server nor the home store.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1::Secret;
+use kalamdb_table_store::catalog_log::CatalogLog;
+use kalamdb_table_store::store::{self, Credentials};
+use kube::Api;
+use object_store::ObjectStore;
+use tokio::sync::watch;
+
+use crate::args::Serve;
+use crate::auth::Tokens;
+use crate::catalog::{CatalogHandle, write_durably};
+use crate::engine::Secrets;
+use crate::error::Chain;
+use crate::metrics::Metrics;
+use crate::server::{self, Parts};
+
+/// How often the catalog log is asked for its next entry.
+const TAIL: Duration = Duration::from_secs(1);
+/// How often Secrets are read again, besides at once when the catalog names a new one.
+const ROTATION: Duration = Duration::from_secs(15);
+const BACKOFF: Duration = Duration::from_secs(5);
+
+/// Runs a server in a cluster.
+///
+/// # Errors
+/// If the data folder, the home store's URL, the token secret or the address cannot be used.
+pub async fn run(args: &Serve) -> anyhow::Result<()> {
+    let tokens = Tokens::new(args.jwt_secret.as_bytes()).context("KALAMDB_JWT_SECRET")?;
+    let home = store::open_home(&args.home_url, |name| std::env::var(name).ok()).context("KALAMDB_HOME_URL")?;
+    let parts = Parts::open(&args.server)?;
+    let saved = args.server.data_dir.join("secrets.json");
+    let credentials = CredentialsReader::open(saved, parts.secrets.clone(), args.kube_namespace.clone());
+    let tailing = tokio::spawn(tail(home, parts.catalog.clone(), parts.ready.clone(), Arc::clone(&parts.metrics)));
+    let reading = tokio::spawn(credentials.run(parts.catalog.clone()));
+    let served = server::serve(&args.server, parts, tokens).await;
+    tailing.abort();
+    reading.abort();
+    served
+}
+
+/// Follows the catalog log. The pod is ready with the saved catalog, or once the log was read.
+async fn tail(home: Arc<dyn ObjectStore>, catalog: CatalogHandle, ready: watch::Sender<bool>, metrics: Arc<Metrics>) {
+    let mut loaded = catalog.current().catalog.version > 0;
+    ready.send_replace(loaded);
+    loop {
+        let current = catalog.current();
+        metrics.catalog_version.set(i64::try_from(current.catalog.version).unwrap_or(i64::MAX));
+        let next = if loaded {
+            CatalogLog::next(home.as_ref(), &current.catalog).await
+        } else {
+            CatalogLog::load(home.as_ref()).await.map(Some)
+        };
+        match next {
+            Ok(Some(next)) => {
+                let version = next.version;
+                if next.version > current.catalog.version {
+                    match catalog.replace(next) {
+                        Ok(()) => tracing::info!(version, "serving a new catalog"),
+                        Err(error) => tracing::error!(error = %Chain(&error), "cannot save the catalog"),
+                    }
+                }
+                if !loaded {
+                    loaded = true;
+                    ready.send_replace(true);
+                }
+            }
+            Ok(None) => tokio::time::sleep(TAIL).await,
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "cannot read the catalog log; serving what was served");
+                tokio::time::sleep(BACKOFF).await;
+            }
+        }
+    }
+}
+
+type Saved = BTreeMap<String, BTreeMap<String, String>>;
+
+/// Reads the Secrets that the catalog's storages name, and no others.
+struct CredentialsReader {
+    saved_as: PathBuf,
+    known: Saved,
+    secrets: Secrets,
+    kube_namespace: Option<String>,
+}
+
+impl CredentialsReader {
+    fn open(saved_as: PathBuf, secrets: Secrets, kube_namespace: Option<String>) -> Self {
+        let known: Saved = match std::fs::read(&saved_as).map(|bytes| serde_json::from_slice(&bytes)) {
+            Ok(Ok(known)) => known,
+            Ok(Err(error)) => {
+                tracing::warn!(error = %error, "the saved credentials are damaged; reading them anew");
+                Saved::default()
+            }
+            Err(_) => Saved::default(),
+        };
+        let reader = Self { saved_as, known, secrets, kube_namespace };
+        reader.publish();
+        reader
+    }
+
+    fn publish(&self) {
+        let all: HashMap<_, _> =
+            self.known.iter().map(|(name, data)| (name.clone(), Credentials::new(data.clone()))).collect();
+        self.secrets.replace(all);
+    }
+
+    async fn run(mut self, catalog: CatalogHandle) {
+        let mut api = None;
+        loop {
+            let wanted: BTreeSet<String> =
+                catalog.current().catalog.storages.values().filter_map(|entry| entry.credentials_secret.clone()).collect();
+            if !wanted.is_empty() {
+                if api.is_none() {
+                    api = self.connect().await;
+                }
+                if let Some(api) = &api {
+                    self.refresh(api, &wanted).await;
+                }
+            }
+            let pause = if wanted.iter().all(|name| self.known.contains_key(name)) { ROTATION } else { TAIL };
+            let deadline = tokio::time::Instant::now() + pause;
+            // A storage that names a new secret must not wait for the next rotation.
+            while tokio::time::Instant::now() < deadline {
+                tokio::time::sleep(TAIL).await;
+                let current = catalog.current();
+                let mut names = current.catalog.storages.values().filter_map(|entry| entry.credentials_secret.as_ref());
+                if names.any(|name| !wanted.contains(name)) {
+                    break;
+                }
+            }
+        }
+    }
+
+    async fn connect(&self) -> Option<Api<Secret>> {
+        match kube::Client::try_default().await {
+            Ok(client) => {
+                let namespace = self.kube_namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
+                Some(Api::namespaced(client, &namespace))
+            }
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "cannot reach Kubernetes; using the saved credentials");
+                None
+            }
+        }
+    }
+
+    async fn refresh(&mut self, api: &Api<Secret>, wanted: &BTreeSet<String>) {
+        let mut next = self.known.clone();
+        next.retain(|name, _| wanted.contains(name));
+        for name in wanted {
+            match api.get_opt(name).await {
+                Ok(Some(secret)) => {
+                    next.insert(name.clone(), texts(secret));
+                }
+                Ok(None) => tracing::warn!(secret = %name, "a secret that a storage names does not exist"),
+                Err(error) => tracing::warn!(secret = %name, error = %Chain(&error), "cannot read a secret"),
+            }
+        }
+        if next == self.known {
+            return;
+        }
+        self.known = next;
+        self.publish();
+        let saved = serde_json::to_vec(&self.known).map_err(std::io::Error::other);
+        if let Err(error) = saved.and_then(|bytes| write_durably(&self.saved_as, &bytes, 0o600)) {
+            tracing::warn!(error = %error, "cannot save credentials; a restart will need Kubernetes");
+        }
+    }
+}
+
+fn texts(secret: Secret) -> BTreeMap<String, String> {
+    let data = secret.data.unwrap_or_default();
+    data.into_iter().filter_map(|(key, value)| Some((key, String::from_utf8(value.0).ok()?))).collect()
+}

@@ -1,0 +1,199 @@
+//! Moves one instance's frozen rows into a Parquet file.
+//!
+//! Order: freeze -> encode -> upload the file -> commit the edit in the stream -> publish the view -> remove the rows.
+//! Upload before commit: an edit without its file would be data loss; a file that no edit names is only garbage.
+//! Every step may run twice: after a crash the frozen generation is still in the buffer, and either the commit stream
+//! has its edit (then it is published and nothing is written again) or a new attempt writes a file of another name.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use bytes::Bytes;
+use kalamdb_model::{Generation, InstanceId, Location, TableEntry};
+use kalamdb_table_store::create::{self, CreateError};
+use kalamdb_table_store::manifest::{Edit, FileEntry};
+use kalamdb_table_store::parquet_file;
+use kalamdb_table_store::paths::{self, PathError};
+use kalamdb_write_buffer::{BatchBuilder, CommitError, RowError};
+
+use super::instance::InstanceError;
+use super::ship::ShipError;
+use super::storages::StoragesError;
+use super::{EPOCH, Engine, RootKey, now_us};
+use crate::crash;
+
+/// What a flush did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flushed {
+    /// Rows that are now in a file.
+    pub rows: u64,
+}
+
+/// A flush that did not finish; the rows are still in the buffer.
+#[derive(Debug, thiserror::Error)]
+pub enum FlushError {
+    /// The table is in no catalog.
+    #[error("the table of the instance is not in the catalog")]
+    TableGone,
+    /// The instance.
+    #[error("failed to load the instance")]
+    Instance(#[from] InstanceError),
+    /// Freezing.
+    #[error("failed to freeze the buffered rows")]
+    Freeze(#[from] CommitError),
+    /// The buffer does not read.
+    #[error("failed to read the buffered rows")]
+    Buffer(#[from] kalamdb_write_buffer::ReadError),
+    /// A row.
+    #[error("a buffered row is damaged")]
+    Row(#[from] RowError),
+    /// Encoding.
+    #[error("failed to encode a file")]
+    File(#[from] parquet_file::WriteError<RowError>),
+    /// The place.
+    #[error("failed to resolve the place of the file")]
+    Path(#[from] PathError),
+    /// The store.
+    #[error("the storage of the table is not usable: {0}")]
+    Storage(#[from] StoragesError),
+    /// The upload.
+    #[error("failed to upload `{path}`")]
+    Upload {
+        /// The file.
+        path: String,
+        /// Why.
+        source: CreateError,
+    },
+    /// The commit.
+    #[error("failed to commit the file")]
+    Ship(#[from] ShipError),
+    /// A worker thread was lost.
+    #[error("the flush was interrupted")]
+    Interrupted(#[from] tokio::task::JoinError),
+}
+
+impl Engine {
+    /// Flushes what `id` has buffered now; rows that arrive meanwhile wait for the next flush.
+    ///
+    /// # Errors
+    /// See [`FlushError`]; trying again is always right.
+    pub async fn flush(self: &Arc<Self>, id: &InstanceId) -> Result<Flushed, FlushError> {
+        let instance = self.instances.get(id)?;
+        let _one_at_a_time = instance.flushes.lock().await;
+        let snapshot = self.catalog.current();
+        let table = Arc::clone(snapshot.table_by_id(id.table).ok_or(FlushError::TableGone)?);
+        let mut flushed = Flushed::default();
+        // A generation that an earlier attempt froze comes first, then the rows of now.
+        let last = self.buffer.counters(id)?.active;
+        while let Some(generation) = self.buffer.freeze(id.clone()).await? {
+            crash::point("flush.frozen");
+            flushed.rows += self.flush_generation(&table, id, generation).await?;
+            if generation >= last {
+                break;
+            }
+        }
+        Ok(flushed)
+    }
+
+    async fn flush_generation(
+        self: &Arc<Self>,
+        table: &Arc<TableEntry>,
+        id: &InstanceId,
+        generation: Generation,
+    ) -> Result<u64, FlushError> {
+        let root = RootKey::of(&table.location);
+        let started = std::time::Instant::now();
+        let (engine, of_table, of_id) = (Arc::clone(self), Arc::clone(table), id.clone());
+        let file = tokio::task::spawn_blocking(move || engine.encode(&of_table, &of_id, generation)).await??;
+        crash::point("flush.encoded");
+        let rows = file.entry.rows;
+        let size = file.entry.bytes;
+        let edit = self.upload(&table.location, id, generation, file).await?;
+        crash::point("flush.uploaded");
+        self.ship(&root, edit).await?;
+        crash::point("flush.published");
+        let (engine, of_id) = (Arc::clone(self), id.clone());
+        tokio::task::spawn_blocking(move || engine.buffer.reclaim(&of_id, generation)).await??;
+        crash::point("flush.reclaimed");
+        self.metrics.flushes.inc();
+        self.metrics.rows_flushed.inc_by(rows);
+        tracing::info!(
+            table = %table.name,
+            rows,
+            bytes = size,
+            elapsed_ms = started.elapsed().as_millis(),
+            "flushed an instance"
+        );
+        Ok(rows)
+    }
+
+    fn encode(&self, table: &TableEntry, id: &InstanceId, generation: Generation) -> Result<Encoded, FlushError> {
+        let all: Vec<usize> = (0..table.arrow_schema().fields().len()).collect();
+        let mut batches = Vec::new();
+        let mut builder = BatchBuilder::new(table, &all);
+        let mut damaged: Option<RowError> = None;
+        self.buffer.scan_generation(id, generation, &mut |_, _, row| {
+            let pushed = builder.push(row).and_then(|()| {
+                if builder.rows() >= BATCH_ROWS {
+                    let full = std::mem::replace(&mut builder, BatchBuilder::new(table, &all));
+                    batches.push(full.finish()?);
+                }
+                Ok(())
+            });
+            match pushed {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    damaged = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        if let Some(error) = damaged {
+            return Err(error.into());
+        }
+        batches.push(builder.finish()?);
+        let prefix = paths::instance_prefix(&table.location, &id.owner)?;
+        let name = ulid::Ulid::generate().to_string();
+        let path = paths::data_file(&prefix, EPOCH, u64::from(generation.0), &name);
+        let mut bytes = Vec::new();
+        let written = parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)?;
+        let entry = FileEntry {
+            path: path.to_string(),
+            rows: written.rows,
+            bytes: bytes.len() as u64,
+            min_key: written.min_key,
+            max_key: written.max_key,
+            min_seq: written.min_seq,
+            max_seq: written.max_seq,
+            schema_version: table.schema_version,
+            created_us: now_us(),
+        };
+        Ok(Encoded { path, bytes: bytes.into(), entry })
+    }
+
+    async fn upload(
+        &self,
+        location: &Location,
+        id: &InstanceId,
+        generation: Generation,
+        file: Encoded,
+    ) -> Result<Edit, FlushError> {
+        let store = self.storages.store(&self.catalog.current(), &RootKey::of(location))?;
+        // The name holds a fresh ULID, so an object that is there already is this very upload, tried twice.
+        create::create_exact(store.as_ref(), &file.path, file.bytes)
+            .await
+            .map_err(|source| FlushError::Upload { path: file.path.to_string(), source })?;
+        let last_seq = file.entry.max_seq;
+        Ok(Edit { instance: id.clone(), generation, last_seq, add: vec![file.entry], remove: Vec::new() })
+    }
+}
+
+/// Rows decoded at once: keeps the peak below two copies of the instance's buffered rows.
+const BATCH_ROWS: usize = 8_192;
+
+struct Encoded {
+    path: object_store::path::Path,
+    bytes: Bytes,
+    entry: FileEntry,
+}

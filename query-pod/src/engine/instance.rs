@@ -1,0 +1,87 @@
+//! Instances in memory: their locks and their view.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kalamdb_model::{Generation, InstanceId};
+use kalamdb_table_store::manifest::{Manifest, ManifestError};
+use kalamdb_write_buffer::WriteBuffer;
+use parking_lot::{Mutex, RwLock};
+
+/// What a reader sees besides the buffer: the files, and which generations are in them.
+#[derive(Debug)]
+pub struct View {
+    /// Generations up to this one are in the files; the buffer's later ones are not.
+    pub flushed: Generation,
+    /// The files.
+    pub manifest: Manifest,
+}
+
+/// One instance.
+pub struct Instance {
+    pub(super) id: InstanceId,
+    /// Held exclusively by statements that must read before they write, until their commit is applied; shared by those
+    /// whose keys nobody else can have made.
+    pub(super) writes: tokio::sync::RwLock<()>,
+    /// Held by the one flush at a time.
+    pub(super) flushes: tokio::sync::Mutex<()>,
+    /// Readers take view and buffer snapshot together under it; publishing takes it exclusively.
+    pub(super) view: RwLock<Arc<View>>,
+}
+
+/// An instance's state cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    /// The buffer does not read.
+    #[error("failed to read the state of an instance")]
+    Buffer(#[from] kalamdb_write_buffer::ReadError),
+    /// The stored manifest does not parse.
+    #[error("the stored manifest of an instance is damaged")]
+    Manifest(#[from] ManifestError),
+}
+
+/// Most instances kept in memory; unused ones above it are dropped and read again when needed.
+const INSTANCES_MAX: usize = 50_000;
+
+/// All instances in memory.
+pub(super) struct Instances {
+    buffer: WriteBuffer,
+    loaded: Mutex<HashMap<InstanceId, Arc<Instance>>>,
+}
+
+impl Instances {
+    pub(super) fn new(buffer: WriteBuffer) -> Self {
+        Self { buffer, loaded: Mutex::default() }
+    }
+
+    /// The instance, loaded on first use. Every caller gets the same one: its locks are what keeps writers apart.
+    pub(super) fn get(&self, id: &InstanceId) -> Result<Arc<Instance>, InstanceError> {
+        let mut loaded = self.loaded.lock();
+        if let Some(instance) = loaded.get(id) {
+            return Ok(Arc::clone(instance));
+        }
+        let view = self.load(id)?;
+        if loaded.len() >= INSTANCES_MAX {
+            // References are only made under this lock, so one that is ours alone cannot be in use.
+            loaded.retain(|_, instance| Arc::strong_count(instance) > 1);
+        }
+        let instance = Arc::new(Instance {
+            id: id.clone(),
+            writes: tokio::sync::RwLock::default(),
+            flushes: tokio::sync::Mutex::default(),
+            view: RwLock::new(Arc::new(view)),
+        });
+        loaded.insert(id.clone(), Arc::clone(&instance));
+        Ok(instance)
+    }
+
+    fn load(&self, id: &InstanceId) -> Result<View, InstanceError> {
+        Ok(match self.buffer.record(id)? {
+            Some(record) if !record.manifest.is_empty() => {
+                View { flushed: record.flushed, manifest: Manifest::decode(&record.manifest)? }
+            }
+            Some(record) => View { flushed: record.flushed, manifest: Manifest::default() },
+            None => View { flushed: Generation(0), manifest: Manifest::default() },
+        })
+    }
+}

@@ -1,0 +1,168 @@
+//! Rows of instances, from the acknowledged write to the file: the data plane of one pod.
+//!
+//! Owns: instances and their views, the flush, the commit stream per storage, which store a location means.
+//! Does not own: SQL, identity checks (callers pass the [`Owner`] that they proved), key and row formats (`write_buffer`),
+//! object names and file formats (`table_store`).
+//!
+//! After a crash: rows are in the buffer until their file is committed *and* published here; a commit that was not
+//! published is found again in the commit stream before anything new is written to that storage.
+
+mod flush;
+mod instance;
+mod read;
+mod schedule;
+mod ship;
+mod storages;
+mod write;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kalamdb_model::{InstanceId, Owner, TableEntry};
+use kalamdb_write_buffer::{Applied, Options, WriteBuffer};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use flush::{FlushError, Flushed};
+pub use instance::View;
+pub use read::{ReadError, Rows};
+pub use storages::{RootKey, Secrets, Storages, StoragesError};
+pub use write::{NewRow, WriteError};
+
+use crate::catalog::CatalogHandle;
+use crate::metrics::Metrics;
+
+/// Ownership epoch in file names. Rises with takeovers; one pod owns everything from the start.
+const EPOCH: u32 = 1;
+
+/// Bounds of the data plane.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EngineLimits {
+    /// Most buffered bytes of one user's part of a table; above it writes to it are refused until it is flushed.
+    #[arg(long, default_value_t = 64 << 20)]
+    pub instance_bytes_max: u64,
+    /// Free bytes that writes leave on the data folder's disk.
+    #[arg(long, default_value_t = 256 << 20)]
+    pub disk_reserve_bytes: u64,
+    /// Flushes at once per storage.
+    #[arg(long, default_value_t = 8)]
+    pub flushes_max: usize,
+}
+
+/// The data plane.
+pub struct Engine {
+    buffer: WriteBuffer,
+    catalog: CatalogHandle,
+    storages: Storages,
+    instances: instance::Instances,
+    shippers: ship::Shippers,
+    schedule: Arc<schedule::Schedule>,
+    limits: EngineLimits,
+    metrics: Arc<Metrics>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// The data plane cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The write buffer does not open.
+    #[error("failed to open the write buffer: {0}")]
+    Buffer(#[from] kalamdb_write_buffer::OpenError),
+    /// The write buffer does not read.
+    #[error("failed to read the write buffer")]
+    Read(#[from] kalamdb_write_buffer::ReadError),
+}
+
+/// Microseconds since 1970.
+#[must_use]
+pub fn now_us() -> i64 {
+    chrono::Utc::now().timestamp_micros()
+}
+
+impl Engine {
+    /// Opens the data plane in `data_dir` and starts its background work.
+    ///
+    /// # Errors
+    /// If another process has the folder, or its contents cannot be read.
+    pub fn open(
+        data_dir: &Path,
+        catalog: CatalogHandle,
+        storages: Storages,
+        limits: EngineLimits,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, OpenError> {
+        let schedule = Arc::new(schedule::Schedule::default());
+        let observer = Arc::clone(&schedule);
+        let options = Options {
+            disk_reserve_bytes: limits.disk_reserve_bytes,
+            clock: Arc::new(now_us),
+            on_applied: Arc::new(move |applied: &[Applied]| observer.applied(applied)),
+            ..Options::default()
+        };
+        let buffer = WriteBuffer::open(&data_dir.join("buffer"), options)?;
+        let engine = Arc::new(Self {
+            instances: instance::Instances::new(buffer.clone()),
+            shippers: ship::Shippers::new(buffer.clone()),
+            buffer,
+            catalog,
+            storages,
+            schedule,
+            limits,
+            metrics,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        });
+        engine.pick_up_where_we_stopped()?;
+        engine.spawn(schedule::run(Arc::clone(&engine)));
+        Ok(engine)
+    }
+
+    /// Rows of flushed generations that a crash left behind go; unflushed ones are scheduled.
+    fn pick_up_where_we_stopped(&self) -> Result<(), OpenError> {
+        for (id, counters) in self.buffer.dirty() {
+            self.buffer.reclaim(&id, counters.flushed)?;
+            self.schedule.found(&id, &counters);
+        }
+        Ok(())
+    }
+
+    /// The instance that `owner` has of `table`.
+    #[must_use]
+    pub fn instance_id(table: &TableEntry, owner: &Owner) -> InstanceId {
+        InstanceId { owner: owner.clone(), table: table.id }
+    }
+
+    /// The catalog that the engine flushes by.
+    #[must_use]
+    pub const fn catalog(&self) -> &CatalogHandle {
+        &self.catalog
+    }
+
+    /// The stores behind locations.
+    #[must_use]
+    pub const fn storages(&self) -> &Storages {
+        &self.storages
+    }
+
+    /// Whether another process has fenced this one: nothing may be acknowledged any more.
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        self.shippers.is_fenced()
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(work);
+    }
+
+    /// Stops background work, waits for flushes under way at most `grace`, and closes the write buffer.
+    pub async fn close(&self, grace: Duration) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(grace, self.tasks.wait()).await.is_err() {
+            tracing::warn!("stopping although flushes are still under way; their rows stay in the buffer");
+        }
+        self.buffer.clone().close().await;
+    }
+}

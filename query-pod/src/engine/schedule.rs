@@ -1,0 +1,175 @@
+//! Decides when an instance is flushed: by rows, by age, by request; never one by waiting behind another's failure.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kalamdb_model::InstanceId;
+use kalamdb_write_buffer::{Applied, Counters};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore};
+
+use super::ship::Backoff;
+use super::{Engine, RootKey, now_us};
+use crate::error::Chain;
+
+/// How often ages are looked at; the promise is one second.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Instances with unflushed rows.
+#[derive(Default)]
+pub(super) struct Schedule {
+    dirty: Mutex<HashMap<InstanceId, Dirty>>,
+    wake: Notify,
+}
+
+struct Dirty {
+    rows: u64,
+    oldest_us: i64,
+    urgent: bool,
+    flushing: bool,
+    not_before: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Dirty {
+    fn new(rows: u64, oldest_us: i64) -> Self {
+        Self { rows, oldest_us, urgent: false, flushing: false, not_before: None, backoff: Backoff::default() }
+    }
+}
+
+impl Schedule {
+    /// Takes note of a round of the committer.
+    pub(super) fn applied(&self, applied: &[Applied]) {
+        let mut dirty = self.dirty.lock();
+        for round in applied {
+            let entry = dirty.entry(round.instance.clone()).or_insert_with(|| Dirty::new(0, round.oldest_us));
+            entry.rows = round.rows;
+            entry.oldest_us = round.oldest_us;
+        }
+        drop(dirty);
+        self.wake.notify_one();
+    }
+
+    /// Takes note of rows from before a restart. What a flush had frozen goes at once.
+    pub(super) fn found(&self, id: &InstanceId, counters: &Counters) {
+        let mut entry = Dirty::new(counters.rows, counters.oldest_us);
+        entry.urgent = counters.has_frozen();
+        self.dirty.lock().insert(id.clone(), entry);
+    }
+
+    /// Flush soon, whatever the policy says.
+    pub(super) fn urge(&self, id: &InstanceId) {
+        if let Some(entry) = self.dirty.lock().get_mut(id) {
+            entry.urgent = true;
+        }
+        self.wake.notify_one();
+    }
+
+    /// Instances of which `matches` holds.
+    pub(super) fn dirty(&self, matches: impl Fn(&InstanceId) -> bool) -> Vec<InstanceId> {
+        self.dirty.lock().keys().filter(|id| matches(id)).cloned().collect()
+    }
+
+    fn take_due(&self, engine: &Engine) -> Vec<InstanceId> {
+        let snapshot = engine.catalog.current();
+        let (now, clock) = (Instant::now(), now_us());
+        let mut due = Vec::new();
+        for (id, entry) in self.dirty.lock().iter_mut() {
+            if entry.flushing || entry.not_before.is_some_and(|time| now < time) {
+                continue;
+            }
+            let Some(table) = snapshot.table_by_id(id.table) else { continue };
+            let age = Duration::from_micros(u64::try_from(clock.saturating_sub(entry.oldest_us)).unwrap_or(0));
+            if entry.urgent || table.flush_policy.is_due(entry.rows, age) {
+                entry.flushing = true;
+                due.push(id.clone());
+            }
+        }
+        due
+    }
+
+    /// Takes note of the end of a flush. What is left is read under the schedule's lock: rows that came meanwhile are
+    /// seen here, or by [`Schedule::applied`] after us.
+    fn done(&self, engine: &Engine, id: &InstanceId, succeeded: bool) {
+        let mut dirty = self.dirty.lock();
+        let Some(entry) = dirty.get_mut(id) else { return };
+        entry.flushing = false;
+        match succeeded.then(|| engine.buffer.counters(id).ok()).flatten() {
+            Some(counters) if counters.rows == 0 && !counters.has_frozen() => {
+                dirty.remove(id);
+            }
+            Some(counters) => {
+                (entry.rows, entry.oldest_us) = (counters.rows, counters.oldest_us);
+                entry.urgent = counters.has_frozen();
+                entry.backoff = Backoff::default();
+            }
+            None => entry.not_before = Some(Instant::now() + entry.backoff.next()),
+        }
+    }
+}
+
+/// Starts due flushes until the engine stops.
+pub(super) async fn run(engine: Arc<Engine>) {
+    let mut slots: HashMap<RootKey, Arc<Semaphore>> = HashMap::new();
+    loop {
+        tokio::select! {
+            () = engine.stop.cancelled() => return,
+            () = engine.schedule.wake.notified() => {}
+            () = tokio::time::sleep(TICK) => {}
+        }
+        for id in engine.schedule.take_due(&engine) {
+            let Some(table) = engine.catalog.current().table_by_id(id.table).cloned() else { continue };
+            let root = RootKey::of(&table.location);
+            let slot = Arc::clone(slots.entry(root).or_insert_with(|| Arc::new(Semaphore::new(engine.limits.flushes_max))));
+            engine.spawn(flush_one(Arc::clone(&engine), id, slot));
+        }
+    }
+}
+
+async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
+    let Ok(_slot) = slot.acquire().await else { return };
+    if engine.stop.is_cancelled() {
+        return;
+    }
+    let outcome = engine.flush(&id).await;
+    if let Err(error) = &outcome {
+        engine.metrics.flush_failures.inc();
+        tracing::warn!(table = id.table.0, error = %Chain(error), "a flush failed; its rows stay buffered, and it is tried again");
+    }
+    engine.schedule.done(&engine, &id, outcome.is_ok());
+}
+
+impl Engine {
+    /// Flushes the instances of which `matches` holds, all that are dirty now, and returns how many rows went into files.
+    ///
+    /// # Errors
+    /// The first failure, after every instance was tried.
+    pub async fn flush_matching(
+        self: &Arc<Self>,
+        matches: impl Fn(&InstanceId) -> bool,
+    ) -> Result<u64, super::FlushError> {
+        let wanted: HashSet<InstanceId> = self.schedule.dirty(matches).into_iter().collect();
+        let mut flushes = tokio::task::JoinSet::new();
+        let slots = Arc::new(Semaphore::new(self.limits.flushes_max));
+        for id in wanted {
+            let (engine, slots) = (Arc::clone(self), Arc::clone(&slots));
+            flushes.spawn(async move {
+                let _slot = slots.acquire().await;
+                let outcome = engine.flush(&id).await;
+                if outcome.is_ok() {
+                    engine.schedule.done(&engine, &id, true);
+                }
+                outcome
+            });
+        }
+        let (mut rows, mut failure) = (0, None);
+        while let Some(joined) = flushes.join_next().await {
+            match joined.map_err(super::FlushError::from).and_then(|outcome| outcome) {
+                Ok(flushed) => rows += flushed.rows,
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(rows), Err)
+    }
+}

@@ -1,0 +1,129 @@
+//! Which object store a location means: one per storage and root, opened when first needed, opened anew when its
+//! settings or credentials change.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kalamdb_model::declared::StorageRoot;
+use kalamdb_model::{Location, StorageName};
+use kalamdb_table_store::store::{self, Credentials, StoreError};
+use object_store::ObjectStore;
+use parking_lot::{Mutex, RwLock};
+
+use crate::catalog::Snapshot;
+
+/// A root of a storage.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RootKey {
+    /// The storage.
+    pub storage: StorageName,
+    /// Which of its roots.
+    pub root: u32,
+}
+
+impl RootKey {
+    /// The root that a location is pinned to.
+    #[must_use]
+    pub fn of(location: &Location) -> Self {
+        Self { storage: location.storage.clone(), root: location.root }
+    }
+}
+
+impl std::fmt::Display for RootKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.storage, self.root)
+    }
+}
+
+/// Credentials by the name of their secret, replaced as a whole when they rotate.
+#[derive(Clone, Default)]
+pub struct Secrets(Arc<RwLock<HashMap<String, Credentials>>>);
+
+impl Secrets {
+    /// Takes what is known now.
+    pub fn replace(&self, secrets: HashMap<String, Credentials>) {
+        *self.0.write() = secrets;
+    }
+
+    fn get(&self, name: &str) -> Option<Credentials> {
+        self.0.read().get(name).cloned()
+    }
+}
+
+/// A storage that cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoragesError {
+    /// The catalog does not have it.
+    #[error("storage `{0}` is not in the catalog")]
+    Unknown(RootKey),
+    /// Its secret is not known.
+    #[error("the secret `{secret}` of storage `{storage}` is missing")]
+    CredentialsMissing {
+        /// The storage.
+        storage: StorageName,
+        /// The secret.
+        secret: String,
+    },
+    /// Its settings do not open.
+    #[error("storage `{storage}` does not open: {message}")]
+    Open {
+        /// The storage.
+        storage: StorageName,
+        /// Why; holds no secrets.
+        message: String,
+    },
+}
+
+/// Opened stores.
+#[derive(Clone)]
+pub struct Storages(Arc<Inner>);
+
+struct Inner {
+    data_dir: PathBuf,
+    secrets: Secrets,
+    opened: Mutex<HashMap<RootKey, Opened>>,
+}
+
+struct Opened {
+    root: StorageRoot,
+    credentials: Option<Credentials>,
+    store: Arc<dyn ObjectStore>,
+}
+
+impl Storages {
+    /// Relative paths of file storages lie below `data_dir`.
+    #[must_use]
+    pub fn new(data_dir: PathBuf, secrets: Secrets) -> Self {
+        Self(Arc::new(Inner { data_dir, secrets, opened: Mutex::default() }))
+    }
+
+    /// The store of `key` as `snapshot` and the secrets describe it now.
+    ///
+    /// # Errors
+    /// See [`StoragesError`].
+    pub fn store(&self, snapshot: &Snapshot, key: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
+        let unknown = || StoragesError::Unknown(key.clone());
+        let entry = snapshot.catalog.storages.get(&key.storage).ok_or_else(unknown)?;
+        let root = entry.roots.get(&key.root).ok_or_else(unknown)?;
+        let credentials = match &entry.credentials_secret {
+            Some(secret) => Some(self.0.secrets.get(secret).ok_or_else(|| StoragesError::CredentialsMissing {
+                storage: key.storage.clone(),
+                secret: secret.clone(),
+            })?),
+            None => None,
+        };
+        let mut opened = self.0.opened.lock();
+        if let Some(known) = opened.get(key)
+            && known.root == *root
+            && known.credentials == credentials
+        {
+            return Ok(Arc::clone(&known.store));
+        }
+        let store = store::open(root, credentials.as_ref(), &self.0.data_dir)
+            .map_err(|error: StoreError| StoragesError::Open { storage: key.storage.clone(), message: error.to_string() })?;
+        let store = kalamdb_parquet_cache::layer(store);
+        opened.insert(key.clone(), Opened { root: root.clone(), credentials, store: Arc::clone(&store) });
+        Ok(store)
+    }
+}

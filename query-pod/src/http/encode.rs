@@ -1,0 +1,305 @@
+//! Answers as JSON: how each type is written depends on the column's type alone, never on the value.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::compute::{CastOptions, cast_with_options};
+use arrow::datatypes::{
+    DataType, Date32Type, Decimal128Type, Field, Float32Type, Float64Type, Int16Type, Int32Type, Int64Type, Schema,
+    Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
+};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+use base64::Engine as _;
+use kalamdb_model::ColumnType;
+
+use crate::error::{ApiError, Kind};
+
+/// One entry of `results`, already JSON.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer(String);
+
+impl Answer {
+    /// The answer of a statement that returns no rows.
+    #[must_use]
+    pub fn affected(rows: u64, message: String) -> Self {
+        Self(format!(r#"{{"schema":[],"rows":[],"row_count":{rows},"message":{}}}"#, serde_json::Value::String(message)))
+    }
+
+    /// The JSON.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Writes batches as `rows`.
+pub struct Encoder {
+    schema: String,
+    columns: Vec<Output>,
+    rows: String,
+    count: u64,
+    bytes_max: usize,
+}
+
+/// How one column is written.
+struct Output {
+    ty: ColumnType,
+    cast: Cast,
+}
+
+enum Cast {
+    /// The Arrow type is the column type's own.
+    None,
+    /// To the column type's Arrow type.
+    To(DataType),
+    /// Structs and maps, as JSON texts.
+    Json,
+    /// What has no type of ours, as the text that Arrow shows.
+    Text,
+}
+
+impl Encoder {
+    /// An encoder for batches of `schema` that refuses more than `bytes_max` bytes of rows.
+    ///
+    /// # Errors
+    /// If a type has no form in JSON.
+    pub fn new(schema: &Schema, bytes_max: usize) -> Result<Self, ApiError> {
+        let columns: Vec<Output> = schema.fields().iter().map(|field| Output::of(field)).collect();
+        let described: Vec<serde_json::Value> = schema
+            .fields()
+            .iter()
+            .zip(&columns)
+            .enumerate()
+            .map(|(index, (field, output))| {
+                serde_json::json!({"name": field.name(), "data_type": output.ty.answer_name(), "index": index})
+            })
+            .collect();
+        let schema = serde_json::Value::Array(described).to_string();
+        Ok(Self { schema, columns, rows: String::new(), count: 0, bytes_max })
+    }
+
+    /// Adds the rows of `batch`.
+    ///
+    /// # Errors
+    /// 413 when the answer grows over its limit: an answer is complete or an error.
+    pub fn push(&mut self, batch: &RecordBatch) -> Result<(), ApiError> {
+        let columns: Vec<ArrayRef> =
+            self.columns.iter().zip(batch.columns()).map(|(output, array)| output.convert(array)).collect::<Result<_, _>>()?;
+        for row in 0..batch.num_rows() {
+            self.rows.push_str(if self.count == 0 { "[" } else { ",[" });
+            for (index, (array, output)) in columns.iter().zip(&self.columns).enumerate() {
+                if index > 0 {
+                    self.rows.push(',');
+                }
+                write_value(&mut self.rows, array, row, &output.ty);
+            }
+            self.rows.push(']');
+            self.count += 1;
+            if self.rows.len() > self.bytes_max {
+                let message = format!("the answer is larger than {} bytes; select less, or use LIMIT", self.bytes_max);
+                return Err(ApiError::new(Kind::TooLarge, "ANSWER_TOO_LARGE", message));
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer.
+    #[must_use]
+    pub fn finish(self) -> Answer {
+        Answer(format!(r#"{{"schema":{},"rows":[{}],"row_count":{},"message":null}}"#, self.schema, self.rows, self.count))
+    }
+}
+
+impl Output {
+    fn of(field: &Field) -> Self {
+        if let Some(ty) = ColumnType::of_arrow(field) {
+            return Self { ty, cast: Cast::None };
+        }
+        match nearest(field.data_type()) {
+            Some(near) => {
+                let field = Field::new(field.name(), near.clone(), true).with_metadata(field.metadata().clone());
+                match ColumnType::of_arrow(&field) {
+                    Some(ty) => Self { ty, cast: Cast::To(near) },
+                    None => Self { ty: ColumnType::Text, cast: Cast::Text },
+                }
+            }
+            None if matches!(field.data_type(), DataType::Struct(_) | DataType::Map(..)) => {
+                Self { ty: ColumnType::Json, cast: Cast::Json }
+            }
+            None => Self { ty: ColumnType::Text, cast: Cast::Text },
+        }
+    }
+
+    fn convert(&self, array: &ArrayRef) -> Result<ArrayRef, ApiError> {
+        let failed = |error: arrow::error::ArrowError| ApiError::invalid("INVALID_VALUE", error.to_string());
+        match &self.cast {
+            Cast::None => Ok(Arc::clone(array)),
+            Cast::To(ty) => {
+                // An overflow is an error; the default would make it NULL.
+                cast_with_options(array, ty, &CastOptions { safe: false, ..CastOptions::default() }).map_err(failed)
+            }
+            Cast::Json => json_texts(array).map_err(failed),
+            Cast::Text => texts(array).map_err(failed),
+        }
+    }
+}
+
+/// The type of ours that holds every value of `ty`.
+fn nearest(ty: &DataType) -> Option<DataType> {
+    Some(match ty {
+        DataType::Utf8View | DataType::LargeUtf8 | DataType::Null => DataType::Utf8,
+        DataType::BinaryView | DataType::LargeBinary | DataType::FixedSizeBinary(_) => DataType::Binary,
+        DataType::Int8 | DataType::UInt8 => DataType::Int16,
+        DataType::UInt16 => DataType::Int32,
+        DataType::UInt32 => DataType::Int64,
+        DataType::UInt64 => DataType::Decimal128(20, 0),
+        DataType::Float16 => DataType::Float32,
+        DataType::Decimal32(precision, scale) | DataType::Decimal64(precision, scale) if *scale >= 0 => {
+            DataType::Decimal128(*precision, *scale)
+        }
+        DataType::Timestamp(..) | DataType::Date64 => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
+        DataType::Time32(_) | DataType::Time64(_) => DataType::Time64(TimeUnit::Microsecond),
+        DataType::Dictionary(_, value) => nearest(value).unwrap_or_else(|| value.as_ref().clone()),
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
+            let inner = if ColumnType::of_arrow(item).is_some() { item.data_type().clone() } else { nearest(item.data_type())? };
+            DataType::List(Arc::new(Field::new("item", inner, true).with_metadata(item.metadata().clone())))
+        }
+        _ => return None,
+    })
+}
+
+fn json_texts(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
+    let field = Field::new("v", array.data_type().clone(), true);
+    let batch = RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![Arc::clone(array)])?;
+    let mut writer = arrow::json::LineDelimitedWriter::new(Vec::new());
+    writer.write(&batch)?;
+    writer.finish()?;
+    let lines = String::from_utf8_lossy(&writer.into_inner()).into_owned();
+    let inner = lines.lines().enumerate().map(|(row, line)| {
+        let object = line.strip_prefix("{\"v\":").and_then(|rest| rest.strip_suffix('}'));
+        object.filter(|_| !array.is_null(row)).map(str::to_owned)
+    });
+    Ok(Arc::new(inner.collect::<arrow::array::StringArray>()))
+}
+
+fn texts(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
+    let options = FormatOptions::default();
+    let shown = ArrayFormatter::try_new(array, &options)?;
+    let rows = (0..array.len()).map(|row| (!array.is_null(row)).then(|| shown.value(row).to_string()));
+    Ok(Arc::new(rows.collect::<arrow::array::StringArray>()))
+}
+
+/// Writes one value; `array` has the Arrow type of `ty`.
+fn write_value(out: &mut String, array: &ArrayRef, row: usize, ty: &ColumnType) {
+    if array.is_null(row) {
+        out.push_str("null");
+        return;
+    }
+    // Writing to a String cannot fail.
+    let _ = match ty {
+        ColumnType::Boolean => write!(out, "{}", array.as_boolean().value(row)),
+        ColumnType::SmallInt => write!(out, "{}", array.as_primitive::<Int16Type>().value(row)),
+        ColumnType::Int => write!(out, "{}", array.as_primitive::<Int32Type>().value(row)),
+        ColumnType::BigInt => write!(out, "\"{}\"", array.as_primitive::<Int64Type>().value(row)),
+        ColumnType::Float => write_float(out, f64::from(array.as_primitive::<Float32Type>().value(row)), || {
+            array.as_primitive::<Float32Type>().value(row).to_string()
+        }),
+        ColumnType::Double => write_float(out, array.as_primitive::<Float64Type>().value(row), || {
+            format!("{:?}", array.as_primitive::<Float64Type>().value(row))
+        }),
+        ColumnType::Decimal { .. } => write!(out, "\"{}\"", array.as_primitive::<Decimal128Type>().value_as_string(row)),
+        ColumnType::Text | ColumnType::Uuid => write_text(out, array.as_string::<i32>().value(row)),
+        ColumnType::Json => write_json(out, array.as_string::<i32>().value(row)),
+        ColumnType::Bytes => {
+            write!(out, "\"{}\"", base64::engine::general_purpose::STANDARD.encode(array.as_binary::<i32>().value(row)))
+        }
+        ColumnType::Timestamp => write!(out, "{}", array.as_primitive::<TimestampMicrosecondType>().value(row)),
+        ColumnType::Date => write!(out, "{}", array.as_primitive::<Date32Type>().value(row)),
+        ColumnType::Time => write!(out, "{}", array.as_primitive::<Time64MicrosecondType>().value(row)),
+        ColumnType::Array(item) => {
+            let values = array.as_list::<i32>().value(row);
+            out.push('[');
+            for at in 0..values.len() {
+                if at > 0 {
+                    out.push(',');
+                }
+                write_value(out, &values, at, item);
+            }
+            out.push(']');
+            Ok(())
+        }
+    };
+}
+
+fn write_float(out: &mut String, value: f64, finite: impl Fn() -> String) -> std::fmt::Result {
+    if value.is_nan() {
+        write!(out, "\"NaN\"")
+    } else if value.is_infinite() {
+        write!(out, "\"{}Infinity\"", if value < 0.0 { "-" } else { "" })
+    } else {
+        write!(out, "{}", finite())
+    }
+}
+
+fn write_text(out: &mut String, text: &str) -> std::fmt::Result {
+    write!(out, "{}", serde_json::Value::String(text.to_owned()))
+}
+
+/// A JSON column holds checked JSON; a text that an expression made of one may not be JSON any more, and is a string.
+fn write_json(out: &mut String, text: &str) -> std::fmt::Result {
+    if serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok() {
+        out.push_str(text);
+        Ok(())
+    } else {
+        write_text(out, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{Decimal128Array, Float64Array, Int64Array, StringArray, UInt64Array};
+
+    use super::*;
+
+    fn encode(field: Field, array: ArrayRef) -> serde_json::Value {
+        let schema = Arc::new(Schema::new(vec![field]));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![array]).expect("batch");
+        let mut encoder = Encoder::new(&schema, 1 << 20).expect("encoder");
+        encoder.push(&batch).expect("small");
+        serde_json::from_str(encoder.finish().as_str()).expect("json")
+    }
+
+    #[test]
+    fn the_json_type_depends_on_the_column_type_alone() {
+        let big = encode(Field::new("n", DataType::Int64, true), Arc::new(Int64Array::from(vec![Some(1), None])));
+        assert_eq!(big["schema"][0]["data_type"], "BigInt");
+        assert_eq!(big["rows"], serde_json::json!([["1"], [null]]));
+        let unsigned = encode(Field::new("n", DataType::UInt64, true), Arc::new(UInt64Array::from(vec![u64::MAX])));
+        assert_eq!(unsigned["rows"][0][0], "18446744073709551615");
+        let float = Float64Array::from(vec![f64::NAN, f64::NEG_INFINITY, 1.0, 0.1, 1e300]);
+        let float = encode(Field::new("n", DataType::Float64, true), Arc::new(float));
+        assert_eq!(float["rows"], serde_json::json!([["NaN"], ["-Infinity"], [1.0], [0.1], [1e300]]));
+        let decimal = Decimal128Array::from(vec![-150]).with_precision_and_scale(18, 4).expect("scale");
+        let decimal = encode(Field::new("n", DataType::Decimal128(18, 4), true), Arc::new(decimal));
+        assert_eq!(decimal["rows"][0][0], "-0.0150");
+        assert_eq!(decimal["schema"][0]["data_type"], serde_json::json!({"Decimal": {"precision": 18, "scale": 4}}));
+    }
+
+    #[test]
+    fn json_columns_are_json_and_text_is_text() {
+        let texts: ArrayRef = Arc::new(StringArray::from(vec!["{\"a\":1.10}"]));
+        let json = encode(ColumnType::Json.arrow_field("j", true), Arc::clone(&texts));
+        assert_eq!(json["rows"][0][0]["a"], serde_json::json!(1.1));
+        let text = encode(Field::new("t", DataType::Utf8, true), texts);
+        assert_eq!(text["rows"][0][0], "{\"a\":1.10}");
+    }
+
+    #[test]
+    fn an_answer_over_its_limit_is_an_error() {
+        let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)]));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(Int64Array::from(vec![1; 100]))]).expect("batch");
+        let mut encoder = Encoder::new(&schema, 50).expect("encoder");
+        assert_eq!(encoder.push(&batch).expect_err("too large").code, "ANSWER_TOO_LARGE");
+    }
+}

@@ -1,0 +1,160 @@
+//! HTTP: `POST /v1/api/sql` with its envelope, and the endpoints that Kubernetes asks.
+
+pub mod encode;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request as HttpRequest, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use http::{HeaderValue, StatusCode, header};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tokio::sync::watch;
+
+use crate::auth::Tokens;
+use crate::error::{ApiError, Kind};
+use crate::metrics::Metrics;
+use crate::sql::{Request, Sql};
+use encode::Answer;
+
+/// What the handlers share.
+pub struct Api {
+    /// Runs statements.
+    pub sql: Sql,
+    /// Checks tokens.
+    pub tokens: Tokens,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Largest request body, bytes.
+    pub body_bytes_max: usize,
+    /// Whether a catalog was loaded and the pod is not stopping.
+    pub ready: watch::Receiver<bool>,
+}
+
+/// Longest time in which a client may send its body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// All routes.
+pub fn router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/v1/api/sql", post(sql))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .fallback(|| async {
+            answer(Err(ApiError::new(Kind::NotFound, "NOT_FOUND", "no such path; SQL goes to POST /v1/api/sql")), None)
+        })
+        .method_not_allowed_fallback(|| async {
+            let error = ApiError::new(Kind::NotFound, "METHOD_NOT_ALLOWED", "this path takes another method");
+            let mut response = answer(Err(error), None);
+            *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+            response
+        })
+        .with_state(api)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Statement {
+    sql: String,
+    #[serde(default)]
+    params: Option<Vec<Box<RawValue>>>,
+    #[serde(default)]
+    namespace_id: Option<String>,
+}
+
+async fn sql(State(api): State<Arc<Api>>, request: HttpRequest) -> Response {
+    let started = Instant::now();
+    let outcome = handle(&api, request).await;
+    if let Err(error) = &outcome {
+        api.metrics.failed(error.kind);
+    }
+    api.metrics.statement_seconds.observe(started.elapsed().as_secs_f64());
+    answer(outcome, Some(started.elapsed()))
+}
+
+async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError> {
+    let authorization = request.headers().get(header::AUTHORIZATION).map(HeaderValue::to_str);
+    let authorization = authorization.transpose().map_err(|_| {
+        ApiError::new(Kind::Unauthenticated, "UNAUTHENTICATED", "the Authorization header is not plain text")
+    })?;
+    // Identity first: nothing of a request is read before it is known whose it is.
+    let identity = api.tokens.identify(authorization)?;
+    let body = read_body(request.into_body(), api.body_bytes_max).await?;
+    let statement: Statement = serde_json::from_slice(&body).map_err(|error| {
+        ApiError::invalid("INVALID_REQUEST", format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"))
+    })?;
+    // Its own task: a client that hangs up does not cancel a write half way between the buffer and its answer.
+    let api = Arc::clone(api);
+    let run = tokio::spawn(async move {
+        let request = Request {
+            identity: &identity,
+            sql: &statement.sql,
+            params: statement.params.as_deref().unwrap_or_default(),
+            namespace: statement.namespace_id.as_deref(),
+        };
+        api.sql.run(&request).await
+    });
+    run.await.map_err(|error| ApiError::internal(&error))?
+}
+
+async fn read_body(body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    use http_body_util::{BodyExt as _, Limited};
+    let collected = match tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await {
+        Ok(collected) => collected,
+        Err(_) => {
+            let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
+            return Err(ApiError::invalid("INVALID_REQUEST", message));
+        }
+    };
+    match collected {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.downcast_ref::<http_body_util::LengthLimitError>().is_some() => {
+            let message = format!("the body is larger than {limit} bytes");
+            Err(ApiError::new(Kind::TooLarge, "REQUEST_TOO_LARGE", message))
+        }
+        Err(_) => Err(ApiError::invalid("INVALID_REQUEST", "the body was cut off")),
+    }
+}
+
+/// The envelope.
+fn answer(outcome: Result<Answer, ApiError>, took: Option<Duration>) -> Response {
+    // Milliseconds, to the microsecond.
+    let took = took.map_or(0.0, |took| f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1_000.0);
+    let (status, body) = match &outcome {
+        Ok(answer) => {
+            (StatusCode::OK, format!(r#"{{"status":"success","results":[{}],"took":{took:?},"error":null}}"#, answer.as_str()))
+        }
+        Err(error) => {
+            let described =
+                serde_json::json!({"code": error.code, "message": error.message, "details": error.details});
+            (error.kind.status(), format!(r#"{{"status":"error","results":[],"took":{took:?},"error":{described}}}"#))
+        }
+    };
+    let mut response = (status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
+    if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response
+}
+
+async fn readyz(State(api): State<Arc<Api>>) -> Response {
+    if !*api.ready.borrow() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "no catalog yet, or stopping\n").into_response();
+    }
+    if api.sql.engine().is_fenced() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "another process owns the data\n").into_response();
+    }
+    "ok\n".into_response()
+}
+
+async fn metrics(State(api): State<Arc<Api>>) -> Response {
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], api.metrics.text()).into_response()
+}

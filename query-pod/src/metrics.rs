@@ -1,0 +1,81 @@
+//! What the pod counts. Labels come from closed sets; never a user, a table or a statement.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+use crate::error::Kind;
+
+/// Label of failed statements.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Status {
+    status: u16,
+}
+
+/// All metrics.
+pub struct Metrics {
+    registry: Registry,
+    /// Rows acknowledged.
+    pub rows_written: Counter,
+    /// Rows moved into files.
+    pub rows_flushed: Counter,
+    /// Files written.
+    pub flushes: Counter,
+    /// Flushes that did not finish.
+    pub flush_failures: Counter,
+    /// Queries run.
+    pub queries: Counter,
+    /// Seconds per statement, from request to answer.
+    pub statement_seconds: Histogram,
+    /// Version of the catalog that is served.
+    pub catalog_version: Gauge,
+    failures: Family<Status, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("kalamdb");
+        let statement_seconds = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
+        let (rows_written, rows_flushed) = (Counter::default(), Counter::default());
+        let (flushes, flush_failures, queries) = (Counter::default(), Counter::default(), Counter::default());
+        let (catalog_version, failures) = (Gauge::default(), Family::<Status, Counter>::default());
+        registry.register("rows_written", "Rows acknowledged", rows_written.clone());
+        registry.register("rows_flushed", "Rows moved into files", rows_flushed.clone());
+        registry.register("flushes", "Files written by flushes", flushes.clone());
+        registry.register("flush_failures", "Flushes that did not finish and are tried again", flush_failures.clone());
+        registry.register("queries", "Queries run", queries.clone());
+        registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
+        registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
+        registry.register("statement_failures", "Failed statements by HTTP status", failures.clone());
+        Self {
+            registry,
+            rows_written,
+            rows_flushed,
+            flushes,
+            flush_failures,
+            queries,
+            statement_seconds,
+            catalog_version,
+            failures,
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts a failed statement.
+    pub fn failed(&self, kind: Kind) {
+        self.failures.get_or_create(&Status { status: kind.status().as_u16() }).inc();
+    }
+
+    /// All metrics as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+}

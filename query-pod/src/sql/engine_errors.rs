@@ -1,0 +1,87 @@
+//! What the data plane says, for the client.
+
+use crate::engine::{FlushError, ReadError, StoragesError, WriteError};
+use crate::error::{ApiError, Kind};
+use kalamdb_write_buffer::CommitError;
+
+/// A write that failed. `key` tells the key of a row of the statement, for the one who sent it.
+pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiError {
+    match error {
+        WriteError::Exists(index) => ApiError::new(
+            Kind::Conflict,
+            "DUPLICATE_KEY",
+            format!("row {}: the primary key ({}) exists already; nothing was written", index + 1, key(index)),
+        ),
+        WriteError::BufferFull { bytes, limit } => ApiError::unavailable(
+            "BUFFER_FULL",
+            format!("the unflushed rows of this table take {bytes} bytes, and at most {limit} are buffered; try again"),
+        ),
+        WriteError::Fenced => {
+            ApiError::unavailable("NOT_OWNER", "this pod no longer owns the data; send the request again")
+        }
+        WriteError::Commit(error) => of_commit(error),
+        WriteError::Storage(error) => of_storage(&error),
+        error @ WriteError::File(_) => {
+            tracing::warn!(error = %crate::error::Chain(&error), "a write could not look its keys up");
+            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; nothing was written")
+        }
+        error @ (WriteError::Instance(_) | WriteError::Buffer(_)) => ApiError::internal(&error),
+    }
+}
+
+fn of_commit(error: CommitError) -> ApiError {
+    match error {
+        CommitError::Busy => ApiError::new(Kind::Busy, "WRITES_BUSY", "too many writes are waiting; try again"),
+        CommitError::DiskFull { .. } => ApiError::unavailable("DISK_FULL", format!("{error}; nothing was written")),
+        CommitError::Closed => ApiError::unavailable("STOPPING", "the pod is stopping; send the request again"),
+        CommitError::Write { .. } => {
+            tracing::error!(error = %crate::error::Chain(&error), "a write was not acknowledged");
+            ApiError::unavailable("WRITE_FAILED", "the disk failed; the rows may or may not be there after a restart")
+        }
+        CommitError::Empty | CommitError::Row { .. } | CommitError::Exhausted | CommitError::Read { .. } => {
+            ApiError::internal(&error)
+        }
+    }
+}
+
+/// A read that failed.
+pub(super) fn of_read(error: &ReadError) -> ApiError {
+    match error {
+        ReadError::Storage(error) => of_storage(error),
+        ReadError::Instance(_)
+        | ReadError::Buffer(_)
+        | ReadError::Row(_)
+        | ReadError::Path(_)
+        | ReadError::Foreign => ApiError::internal(error),
+    }
+}
+
+/// A flush that failed.
+pub(super) fn of_flush(error: &FlushError) -> ApiError {
+    tracing::warn!(error = %crate::error::Chain(error), "a requested flush failed");
+    match error {
+        FlushError::Storage(error) => of_storage(error),
+        FlushError::Freeze(error) => of_commit(error.clone()),
+        FlushError::Upload { .. } | FlushError::Ship(_) => ApiError::unavailable(
+            "STORAGE_UNAVAILABLE",
+            "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
+        ),
+        FlushError::TableGone
+        | FlushError::Instance(_)
+        | FlushError::Buffer(_)
+        | FlushError::Row(_)
+        | FlushError::File(_)
+        | FlushError::Path(_)
+        | FlushError::Interrupted(_) => ApiError::internal(error),
+    }
+}
+
+fn of_storage(error: &StoragesError) -> ApiError {
+    tracing::warn!(error = %error, "a storage is not usable");
+    match error {
+        StoragesError::Unknown(_) => ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table is not known"),
+        StoragesError::CredentialsMissing { .. } | StoragesError::Open { .. } => {
+            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table is not usable; see its Storage object")
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! SQL: which statements are taken, how they run, and whose rows they see.
+//!
+//! A statement is parsed once, here ([`parse`]); only queries reach DataFusion. Identity travels as an extension of the
+//! session and is read again inside every scan ([`provider`]).
+
+mod engine_errors;
+mod functions;
+mod information_schema;
+mod insert;
+pub mod params;
+pub mod parse;
+mod provider;
+mod query;
+mod session;
+mod wildcard;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kalamdb_model::{InstanceId, Owner, Role, TableEntry};
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use tokio::sync::Semaphore;
+
+use crate::auth::Identity;
+use crate::catalog::Snapshot;
+use crate::engine::Engine;
+use crate::error::{ApiError, Kind};
+use crate::http::encode::Answer;
+use crate::metrics::Metrics;
+use parse::Statement;
+
+/// Bounds of statements. Every one has its own error.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SqlLimits {
+    /// Longest SQL text, bytes.
+    #[arg(long, default_value_t = 1 << 20)]
+    pub statement_bytes_max: usize,
+    /// Most parameters of one statement.
+    #[arg(long, default_value_t = 65_535)]
+    pub params_max: usize,
+    /// Most rows of one INSERT.
+    #[arg(long, default_value_t = 10_000)]
+    pub insert_rows_max: usize,
+    /// Largest row, bytes of its values.
+    #[arg(long, default_value_t = 4 << 20)]
+    pub row_bytes_max: usize,
+    /// Memory that one query may use, bytes.
+    #[arg(long, default_value_t = 256 << 20)]
+    pub query_memory_bytes: usize,
+    /// Memory that all queries together may use, bytes.
+    #[arg(long, default_value_t = 1 << 30)]
+    pub queries_memory_bytes: usize,
+    /// Longest run of one query, seconds.
+    #[arg(long, default_value_t = 30)]
+    pub query_timeout_secs: u64,
+    /// Queries at once; others wait up to two seconds.
+    #[arg(long, default_value_t = 64)]
+    pub queries_max: usize,
+    /// Largest answer, bytes of JSON.
+    #[arg(long, default_value_t = 64 << 20)]
+    pub answer_bytes_max: usize,
+}
+
+/// How long a query waits for its turn.
+const QUERY_WAIT: Duration = Duration::from_secs(2);
+
+/// One statement with what came along.
+pub struct Request<'a> {
+    /// Who asks.
+    pub identity: &'a Identity,
+    /// The SQL text.
+    pub sql: &'a str,
+    /// Values of `$1`, `$2`, … as JSON texts.
+    pub params: &'a [Box<RawValue>],
+    /// Namespace of tables that are named without one.
+    pub namespace: Option<&'a str>,
+}
+
+/// Runs statements.
+pub struct Sql {
+    engine: Arc<Engine>,
+    sessions: session::Sessions,
+    limits: SqlLimits,
+    queries: Semaphore,
+    snowflake: Mutex<kalamdb_model::snowflake::Snowflake>,
+    metrics: Arc<Metrics>,
+}
+
+impl Sql {
+    /// A front to `engine`.
+    ///
+    /// # Errors
+    /// If the query engine cannot be set up.
+    pub fn new(
+        engine: Arc<Engine>,
+        limits: SqlLimits,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, datafusion::error::DataFusionError> {
+        Ok(Self {
+            sessions: session::Sessions::new(&engine, &limits)?,
+            engine,
+            queries: Semaphore::new(limits.queries_max),
+            limits,
+            // Ten random bits keep two processes from making the same id in the same millisecond, mostly; the primary
+            // key check does the rest.
+            snowflake: Mutex::new(kalamdb_model::snowflake::Snowflake::new(rand::random())),
+            metrics,
+        })
+    }
+
+    /// The data plane below.
+    #[must_use]
+    pub const fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// Runs one statement.
+    ///
+    /// # Errors
+    /// What the client is told; nothing was written then, unless the error says that it is not known.
+    pub async fn run(&self, request: &Request<'_>) -> Result<Answer, ApiError> {
+        self.check_size(request)?;
+        let snapshot = self.engine.catalog().current();
+        match parse::parse(request.sql)? {
+            Statement::Query(query) => self.query(request, &snapshot, *query).await,
+            Statement::Insert(insert) => self.insert(request, &snapshot, &insert).await,
+            Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
+        }
+    }
+
+    fn check_size(&self, request: &Request<'_>) -> Result<(), ApiError> {
+        let too_large = |code, message: String| Err(ApiError::new(Kind::TooLarge, code, message));
+        let (bytes, limit) = (request.sql.len(), self.limits.statement_bytes_max);
+        if bytes > limit {
+            return too_large("STATEMENT_TOO_LARGE", format!("the statement has {bytes} bytes, at most {limit} are taken"));
+        }
+        let (count, limit) = (request.params.len(), self.limits.params_max);
+        if count > limit {
+            return too_large("TOO_MANY_PARAMETERS", format!("{count} parameters were sent, at most {limit} are taken"));
+        }
+        Ok(())
+    }
+
+    /// `STORAGE FLUSH TABLE t`: for a user, his own rows; for `dba` and `system`, everybody's.
+    async fn flush(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Snapshot,
+        target: &parse::TableRef,
+    ) -> Result<Answer, ApiError> {
+        let table = self.resolve(request, snapshot, target)?;
+        let all = request.identity.role >= Role::Dba;
+        let own = Owner::User(request.identity.user.clone());
+        let id = table.id;
+        let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
+        let rows = self.engine.flush_matching(matches).await.map_err(|error| engine_errors::of_flush(&error))?;
+        Ok(Answer::affected(rows, format!("flushed {rows} row(s) of `{}`", table.name)))
+    }
+
+    /// The table that `target` names for this request.
+    fn resolve<'s>(
+        &self,
+        request: &Request<'_>,
+        snapshot: &'s Snapshot,
+        target: &parse::TableRef,
+    ) -> Result<&'s Arc<TableEntry>, ApiError> {
+        let name = target.qualified(request.namespace)?;
+        snapshot.table(&name).ok_or_else(|| session::no_such_table(snapshot, &name.to_string()))
+    }
+}
+
+/// Whose instance of `table` the caller reads and writes.
+///
+/// # Errors
+/// On shared tables that are not open to him.
+fn owner_for(table: &TableEntry, identity: &Identity, writing: bool) -> Result<Owner, ApiError> {
+    use kalamdb_model::TableKind;
+    use kalamdb_model::declared::Access;
+    match table.kind {
+        TableKind::User => Ok(Owner::User(identity.user.clone())),
+        TableKind::Shared => {
+            let open = table.access == Access::Public && !writing;
+            if open || identity.role >= Role::Service {
+                return Ok(Owner::Shared);
+            }
+            let needs = if writing { "writing to a shared table" } else { "reading a restricted shared table" };
+            Err(ApiError::new(
+                Kind::Forbidden,
+                "PERMISSION_DENIED",
+                format!("{needs}, `{}`, needs the role `service`; you have `{}`", table.name, identity.role),
+            ))
+        }
+    }
+}

@@ -1,0 +1,486 @@
+//! The allow-list: which statements are taken at all. What is not listed here does not reach DataFusion.
+
+use std::ops::ControlFlow;
+
+use datafusion::sql::sqlparser::ast::{
+    self, Expr, ObjectName, ObjectNamePart, Query, SetExpr, TableFactor, TableObject, Visit, Visitor,
+};
+use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
+use datafusion::sql::sqlparser::keywords::Keyword;
+use datafusion::sql::sqlparser::parser::Parser;
+use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer};
+use kalamdb_model::{SqlName, TableName};
+
+use crate::error::ApiError;
+
+/// A statement that is taken.
+#[derive(Debug)]
+pub enum Statement {
+    /// A query, or EXPLAIN of one.
+    Query(Box<QueryStatement>),
+    /// `INSERT INTO t [(columns)] VALUES …`.
+    Insert(Box<InsertValues>),
+    /// `STORAGE FLUSH TABLE t`.
+    Flush(TableRef),
+}
+
+/// A query with how it is to be answered.
+#[derive(Debug)]
+pub struct QueryStatement {
+    /// The statement for DataFusion: a query, or EXPLAIN of one.
+    pub statement: ast::Statement,
+    /// Whether any identifier in it is the name of a system column.
+    pub names_system_columns: bool,
+}
+
+/// The parts of an INSERT.
+#[derive(Debug)]
+pub struct InsertValues {
+    /// Into which table.
+    pub table: TableRef,
+    /// Column names in order; empty: all, in table order.
+    pub columns: Vec<String>,
+    /// Rows of expressions.
+    pub rows: Vec<Vec<Expr>>,
+}
+
+/// A table as a statement names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableRef(Vec<String>);
+
+/// Table functions that are safe: they read nothing.
+pub const TABLE_FUNCTIONS: [&str; 3] = ["generate_series", "range", "unnest"];
+
+/// Most operators and keywords between two commas on one level of parentheses.
+const CHAIN_MAX: usize = 1_000;
+
+/// Deepest nesting of a statement; the parser's own stack is bounded by it.
+const DEPTH_MAX: usize = 64;
+
+impl TableRef {
+    /// The full name, with `namespace` where the statement has none.
+    ///
+    /// # Errors
+    /// If there are too many parts, or a part is no name.
+    pub fn qualified(&self, namespace: Option<&str>) -> Result<TableName, ApiError> {
+        let invalid = |message: String| ApiError::invalid("INVALID_TABLE_NAME", message);
+        let name = |part: &str| SqlName::new(part).map_err(|error| invalid(error.to_string()));
+        match (self.0.as_slice(), namespace) {
+            ([namespace, table], _) => Ok(TableName { namespace: name(namespace)?, table: name(table)? }),
+            ([table], Some(namespace)) => Ok(TableName { namespace: name(namespace)?, table: name(table)? }),
+            ([table], None) => Err(invalid(format!(
+                "`{table}` has no namespace; write `namespace.{table}` or send `namespace_id`"
+            ))),
+            _ => Err(invalid(format!("`{}` is not `namespace.table`", self.0.join(".")))),
+        }
+    }
+}
+
+/// Parses `sql`: exactly one statement of an allowed kind.
+///
+/// # Errors
+/// 400 with the position of a syntax error, or what is not taken and what is.
+pub fn parse(sql: &str) -> Result<Statement, ApiError> {
+    let dialect = PostgreSqlDialect {};
+    let tokens = Tokenizer::new(&dialect, sql)
+        .tokenize_with_location()
+        .map_err(|error| ApiError::invalid("SYNTAX_ERROR", shorten(&error.to_string())))?;
+    check_chains(&tokens)?;
+    let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
+    if let Some(target) = storage_flush(&mut parser)? {
+        return Ok(Statement::Flush(target));
+    }
+    let statements = {
+        let mut statements = Vec::new();
+        loop {
+            while parser.consume_token(&Token::SemiColon) {}
+            if matches!(parser.peek_token().token, Token::EOF) {
+                break;
+            }
+            statements.push(parser.parse_statement().map_err(syntax)?);
+            if !matches!(parser.peek_token().token, Token::EOF | Token::SemiColon) {
+                return Err(syntax_at(&parser, "expected the end of the statement"));
+            }
+        }
+        statements
+    };
+    let mut statements = statements.into_iter();
+    match (statements.next(), statements.next()) {
+        (None, _) => Err(ApiError::invalid("EMPTY_STATEMENT", "the statement is empty")),
+        (Some(_), Some(_)) => {
+            Err(ApiError::invalid("MULTIPLE_STATEMENTS", "send one statement at a time; a request is one commit"))
+        }
+        (Some(statement), None) => allow(statement),
+    }
+}
+
+/// Refuses `1 + 1 + 1 + …` beyond [`CHAIN_MAX`]: the parser reads such a chain in a loop, but its tree is as deep as the
+/// chain is long, and whatever walks or drops the tree recurses.
+fn check_chains(tokens: &[TokenWithSpan]) -> Result<(), ApiError> {
+    let mut levels = vec![0_usize];
+    for TokenWithSpan { token, span } in tokens {
+        match token {
+            Token::Whitespace(_) => {}
+            Token::LParen | Token::LBracket => levels.push(0),
+            Token::RParen | Token::RBracket if levels.len() > 1 => {
+                levels.pop();
+            }
+            Token::Comma | Token::SemiColon => {
+                if let Some(level) = levels.last_mut() {
+                    *level = 0;
+                }
+            }
+            Token::Word(word) if word.keyword == Keyword::NoKeyword => {}
+            Token::Number(..) | Token::SingleQuotedString(_) | Token::Placeholder(_) | Token::Period => {}
+            _ => {
+                if let Some(level) = levels.last_mut() {
+                    *level += 1;
+                    if *level > CHAIN_MAX {
+                        let message = format!("more than {CHAIN_MAX} operators in a row at {}; use IN or split it", span.start);
+                        return Err(ApiError::invalid("STATEMENT_TOO_DEEP", message));
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn syntax(error: datafusion::sql::sqlparser::parser::ParserError) -> ApiError {
+    use datafusion::sql::sqlparser::parser::ParserError;
+    match error {
+        ParserError::TokenizerError(message) | ParserError::ParserError(message) => {
+            ApiError::invalid("SYNTAX_ERROR", shorten(&message))
+        }
+        ParserError::RecursionLimitExceeded => {
+            ApiError::invalid("STATEMENT_TOO_DEEP", format!("the statement nests deeper than {DEPTH_MAX} levels"))
+        }
+    }
+}
+
+fn syntax_at(parser: &Parser<'_>, what: &str) -> ApiError {
+    let token = parser.peek_token();
+    let message = format!("{what}, found: {} at {}", token.token, token.span.start);
+    ApiError::invalid("SYNTAX_ERROR", shorten(&message))
+}
+
+/// A message quotes what was found; a megabyte of it helps nobody.
+fn shorten(message: &str) -> String {
+    match message.char_indices().nth(400) {
+        Some((end, _)) => format!("{}…", &message[..end]),
+        None => message.to_owned(),
+    }
+}
+
+/// `STORAGE FLUSH TABLE name`, which the SQL parser does not know.
+fn storage_flush(parser: &mut Parser<'_>) -> Result<Option<TableRef>, ApiError> {
+    let word = |parser: &mut Parser<'_>, wanted: &str| {
+        let matches = matches!(&parser.peek_token().token, Token::Word(word) if word.value.eq_ignore_ascii_case(wanted));
+        if matches {
+            parser.advance_token();
+        }
+        matches
+    };
+    if !word(parser, "STORAGE") {
+        return Ok(None);
+    }
+    if !word(parser, "FLUSH") || !parser.parse_keyword(Keyword::TABLE) {
+        return Err(syntax_at(parser, "expected `STORAGE FLUSH TABLE namespace.table`"));
+    }
+    let name = parser.parse_object_name(false).map_err(syntax)?;
+    while parser.consume_token(&Token::SemiColon) {}
+    if !matches!(parser.peek_token().token, Token::EOF) {
+        return Err(syntax_at(parser, "expected the end of the statement"));
+    }
+    table_ref(&name).map(Some)
+}
+
+fn refuse<T>(what: impl std::fmt::Display) -> Result<T, ApiError> {
+    Err(ApiError::invalid(
+        "UNSUPPORTED_STATEMENT",
+        format!("{what} is not supported; use SELECT, EXPLAIN, INSERT … VALUES or STORAGE FLUSH TABLE"),
+    ))
+}
+
+fn allow(statement: ast::Statement) -> Result<Statement, ApiError> {
+    match statement {
+        ast::Statement::Query(_) => query(statement),
+        ast::Statement::Explain { statement: inner, analyze, verbose, format: None, options: None, .. } => {
+            if !matches!(*inner, ast::Statement::Query(_)) {
+                return refuse("EXPLAIN of anything but a query");
+            }
+            let explain = ast::Statement::Explain {
+                describe_alias: ast::DescribeAlias::Explain,
+                analyze,
+                verbose,
+                query_plan: false,
+                estimate: false,
+                statement: inner,
+                format: None,
+                options: None,
+            };
+            query(explain)
+        }
+        ast::Statement::Insert(insert) => insert_values(insert),
+        other => refuse(format!("`{}`", kind_of(&other))),
+    }
+}
+
+/// The first words of a statement, without what it says: the text of an error must not grow with the statement.
+fn kind_of(statement: &ast::Statement) -> String {
+    let text = statement.to_string();
+    let words: Vec<&str> = text.split_whitespace().take(2).collect();
+    shorten(&words.join(" ").chars().take(40).collect::<String>())
+}
+
+fn query(statement: ast::Statement) -> Result<Statement, ApiError> {
+    let mut check = Check { names_system_columns: false };
+    if let ControlFlow::Break(error) = statement.visit(&mut check) {
+        return Err(error);
+    }
+    let names_system_columns = check.names_system_columns;
+    Ok(Statement::Query(Box::new(QueryStatement { statement, names_system_columns })))
+}
+
+/// Refuses what a query must not hold, at any depth.
+struct Check {
+    names_system_columns: bool,
+}
+
+impl Check {
+    fn note(&mut self, ident: &ast::Ident) {
+        let is_system = kalamdb_model::names::SYSTEM_COLUMNS.iter().any(|name| ident.value.eq_ignore_ascii_case(name));
+        self.names_system_columns |= is_system;
+    }
+}
+
+fn stop(what: impl std::fmt::Display) -> ControlFlow<ApiError> {
+    match refuse::<()>(what) {
+        Err(error) => ControlFlow::Break(error),
+        Ok(()) => ControlFlow::Continue(()),
+    }
+}
+
+impl Visitor for Check {
+    type Break = ApiError;
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<ApiError> {
+        if !query.locks.is_empty() || query.for_clause.is_some() {
+            return stop("FOR UPDATE and its like");
+        }
+        if query.settings.is_some() || query.format_clause.is_some() || !query.pipe_operators.is_empty() {
+            return stop("SETTINGS, FORMAT or a pipe in a query");
+        }
+        match body(&query.body) {
+            Some(what) => stop(what),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
+    fn pre_visit_select(&mut self, select: &ast::Select) -> ControlFlow<ApiError> {
+        if select.into.is_some() { stop("SELECT INTO") } else { ControlFlow::Continue(()) }
+    }
+
+    fn pre_visit_table_factor(&mut self, factor: &TableFactor) -> ControlFlow<ApiError> {
+        let function = |name: &ObjectName| {
+            let name = name.to_string().to_ascii_lowercase();
+            if TABLE_FUNCTIONS.contains(&name.as_str()) {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(ApiError::invalid(
+                    "UNSUPPORTED_FUNCTION",
+                    format!("the table function `{}` is not supported; use {}", shorten(&name), TABLE_FUNCTIONS.join(", ")),
+                ))
+            }
+        };
+        match factor {
+            TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => function(name),
+            TableFactor::Table { version: None, json_path: None, sample: None, partitions, index_hints, .. }
+                if partitions.is_empty() && index_hints.is_empty() =>
+            {
+                ControlFlow::Continue(())
+            }
+            TableFactor::Derived { sample: None, .. } | TableFactor::UNNEST { .. } | TableFactor::NestedJoin { .. } => {
+                ControlFlow::Continue(())
+            }
+            _ => stop("this form of FROM"),
+        }
+    }
+
+    fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<ApiError> {
+        match expr {
+            Expr::Identifier(ident) => self.note(ident),
+            Expr::CompoundIdentifier(idents) => idents.iter().for_each(|ident| self.note(ident)),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+/// What of a query's body is not taken.
+fn body(body: &SetExpr) -> Option<&'static str> {
+    match body {
+        SetExpr::Select(_) | SetExpr::Query(_) | SetExpr::Values(_) => None,
+        SetExpr::SetOperation { left, right, .. } => self::body(left).or_else(|| self::body(right)),
+        SetExpr::Insert(_) | SetExpr::Update(_) | SetExpr::Delete(_) | SetExpr::Merge(_) => {
+            Some("a statement that writes inside a query")
+        }
+        SetExpr::Table(_) => Some("TABLE as a query"),
+    }
+}
+
+fn table_ref(name: &ObjectName) -> Result<TableRef, ApiError> {
+    let parts = name.0.iter().map(|part| match part {
+        // Unquoted names are lower-cased, as everywhere in SQL.
+        ObjectNamePart::Identifier(ident) if ident.quote_style.is_none() => Ok(ident.value.to_ascii_lowercase()),
+        ObjectNamePart::Identifier(ident) => Ok(ident.value.clone()),
+        ObjectNamePart::Function(_) => refuse("a function as a table name"),
+    });
+    parts.collect::<Result<_, _>>().map(TableRef)
+}
+
+fn insert_values(insert: ast::Insert) -> Result<Statement, ApiError> {
+    let plain = ast::Insert {
+        table: insert.table.clone(),
+        columns: insert.columns.clone(),
+        source: insert.source.clone(),
+        insert_token: insert.insert_token.clone(),
+        into: true,
+        has_table_keyword: insert.has_table_keyword,
+        optimizer_hints: Vec::new(),
+        or: None,
+        ignore: false,
+        table_alias: None,
+        overwrite: false,
+        assignments: Vec::new(),
+        partitioned: None,
+        after_columns: Vec::new(),
+        on: None,
+        returning: None,
+        output: None,
+        replace_into: false,
+        priority: None,
+        insert_alias: None,
+        settings: None,
+        format_clause: None,
+        multi_table_insert_type: None,
+        multi_table_into_clauses: Vec::new(),
+        multi_table_when_clauses: Vec::new(),
+        multi_table_else_clause: None,
+    };
+    if plain != insert {
+        return refuse("INSERT with ON CONFLICT, RETURNING or other clauses");
+    }
+    let TableObject::TableName(name) = &insert.table else { return refuse("INSERT into a function or query") };
+    let table = table_ref(name)?;
+    let columns = insert.columns.iter().map(|name| table_ref(name).map(|TableRef(parts)| parts.join("."))).collect::<Result<_, _>>()?;
+    let Some(source) = insert.source else { return refuse("INSERT … DEFAULT VALUES") };
+    let Query { with: None, body, order_by: None, limit_clause: None, fetch: None, locks, .. } = *source else {
+        return refuse("INSERT of a query");
+    };
+    let SetExpr::Values(values) = *body else { return refuse("INSERT … SELECT") };
+    if !locks.is_empty() {
+        return refuse("INSERT of a query");
+    }
+    let rows = values.rows.into_iter().map(|row| row.content).collect();
+    Ok(Statement::Insert(Box::new(InsertValues { table, columns, rows })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(sql: &str) -> Option<&'static str> {
+        parse(sql).err().map(|error| error.code)
+    }
+
+    #[test]
+    fn what_is_not_listed_is_refused() {
+        for sql in [
+            "CREATE EXTERNAL TABLE t STORED AS PARQUET LOCATION '/etc/passwd'",
+            "CREATE TABLE t (a INT)",
+            "CREATE VIEW v AS SELECT 1",
+            "CREATE FUNCTION f() RETURNS INT RETURN 1",
+            "COPY t TO '/tmp/x'",
+            "COPY t FROM '/etc/passwd'",
+            "SET datafusion.execution.batch_size = 1",
+            "SHOW ALL",
+            "PREPARE p AS SELECT 1",
+            "BEGIN",
+            "DROP TABLE t",
+            "UPDATE t SET a = 1",
+            "DELETE FROM t",
+            "TRUNCATE t",
+            "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
+            "WITH x AS (INSERT INTO t VALUES (1) RETURNING *) SELECT * FROM x",
+            "SELECT * INTO u FROM t",
+            "SELECT * FROM t FOR UPDATE",
+            "EXPLAIN INSERT INTO t VALUES (1)",
+            "EXPLAIN DELETE FROM t",
+            "INSERT INTO t SELECT * FROM u",
+            "INSERT INTO t VALUES (1) ON CONFLICT DO NOTHING",
+            "INSERT INTO t VALUES (1) RETURNING *",
+            "ATTACH DATABASE 'x' AS y",
+            "LOAD DATA INPATH 'x' INTO TABLE y",
+            "TABLE t",
+        ] {
+            let error = parse(sql).expect_err(sql);
+            assert!(matches!(error.code, "UNSUPPORTED_STATEMENT" | "SYNTAX_ERROR"), "{sql}: {error}");
+        }
+    }
+
+    #[test]
+    fn only_listed_table_functions_are_taken() {
+        for sql in [
+            "SELECT * FROM read_parquet('/etc/passwd')",
+            "SELECT * FROM parquet_metadata('x')",
+            "SELECT 1 WHERE EXISTS (SELECT * FROM read_csv('x'))",
+            "WITH a AS (SELECT * FROM glob('*')) SELECT * FROM a",
+            "SELECT * FROM LATERAL flatten(x)",
+        ] {
+            assert_eq!(code(sql), Some("UNSUPPORTED_FUNCTION"), "{sql}");
+        }
+        assert_eq!(code("SELECT * FROM generate_series(1, 3)"), None);
+    }
+
+    #[test]
+    fn a_request_is_one_statement() {
+        assert_eq!(code("SELECT 1; SELECT 2"), Some("MULTIPLE_STATEMENTS"));
+        assert_eq!(code("SELECT 1;"), None);
+        assert_eq!(code(" ; "), Some("EMPTY_STATEMENT"));
+        assert_eq!(code("SELECT 1 garbage garbage"), Some("SYNTAX_ERROR"));
+    }
+
+    #[test]
+    fn a_syntax_error_names_its_place() {
+        let error = parse("SELECT FROM WHERE").expect_err("wrong");
+        assert!(error.message.contains("Line: 1"), "{error}");
+    }
+
+    #[test]
+    fn a_deep_statement_is_an_error_and_no_crash() {
+        let deep = format!("SELECT {}1{}", "(".repeat(5_000), ")".repeat(5_000));
+        assert_eq!(code(&deep), Some("STATEMENT_TOO_DEEP"));
+        let chain = format!("SELECT 1{}", " + 1".repeat(200_000));
+        assert_eq!(code(&chain), Some("STATEMENT_TOO_DEEP"));
+        let wide = format!("SELECT 1{}", ", 1 + 1".repeat(10_000));
+        assert_eq!(code(&wide), None);
+    }
+
+    #[test]
+    fn flush_takes_a_table() {
+        assert!(matches!(parse("storage flush table App.messages;"), Ok(Statement::Flush(table)) if table.0 == ["app", "messages"]));
+        assert_eq!(code("STORAGE FLUSH messages"), Some("SYNTAX_ERROR"));
+    }
+
+    #[test]
+    fn system_columns_are_noticed_at_any_depth() {
+        let names = |sql: &str| match parse(sql) {
+            Ok(Statement::Query(query)) => query.names_system_columns,
+            other => panic!("{sql}: {other:?}"),
+        };
+        assert!(names("SELECT * FROM (SELECT t._seq FROM app.t) x"));
+        assert!(names("SELECT 1 FROM app.t ORDER BY _SEQ"));
+        assert!(!names("SELECT * FROM app.t"));
+    }
+}

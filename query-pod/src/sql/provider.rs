@@ -1,0 +1,204 @@
+//! A table for DataFusion: which rows it has is decided in [`InstanceTable::scan`], from the identity in the session.
+//!
+//! The provider itself belongs to no user. A scan in a session without an identity fails.
+
+use std::sync::Arc;
+
+use arrow::array::{BooleanArray, RecordBatch};
+use arrow::compute::filter_record_batch;
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use datafusion::catalog::memory::MemorySourceConfig;
+use datafusion::catalog::{Session, TableProvider};
+use datafusion::common::{DFSchema, ScalarValue};
+use datafusion::datasource::TableType;
+use datafusion::datasource::listing::PartitionedFile;
+use datafusion::datasource::object_store::ObjectStoreUrl;
+use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
+use datafusion::datasource::source::DataSourceExec;
+use datafusion::error::{DataFusionError, Result};
+use datafusion::logical_expr::utils::conjunction;
+use datafusion::logical_expr::{Expr, TableProviderFilterPushDown};
+use datafusion::physical_expr_adapter::{
+    DefaultPhysicalExprAdapterFactory, PhysicalExprAdapter, PhysicalExprAdapterFactory, replace_columns_with_literals,
+};
+use datafusion::physical_plan::union::UnionExec;
+use datafusion::physical_plan::{ExecutionPlan, PhysicalExpr};
+use kalamdb_model::{TableEntry, Value};
+use kalamdb_table_store::manifest::FileEntry;
+use object_store::ObjectMeta;
+
+use super::session::store_url;
+use super::{owner_for, params};
+use crate::auth::Identity;
+use crate::engine::{Engine, Rows};
+use crate::error::ApiError;
+
+/// One table of the catalog.
+pub(super) struct InstanceTable {
+    engine: Arc<Engine>,
+    table: Arc<TableEntry>,
+    schema: SchemaRef,
+}
+
+impl std::fmt::Debug for InstanceTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "InstanceTable({})", self.table.name)
+    }
+}
+
+impl InstanceTable {
+    pub(super) fn new(engine: Arc<Engine>, table: Arc<TableEntry>, system_columns: bool) -> Self {
+        let all = table.arrow_schema();
+        let schema = if system_columns {
+            all
+        } else {
+            let own: Vec<usize> = (0..table.columns.len()).collect();
+            Arc::new(all.project(&own).expect("the table's own columns come first"))
+        };
+        Self { engine, table, schema }
+    }
+
+    /// Buffered rows, filtered as the filters say; the same filters run again above the scan.
+    fn filter(&self, state: &dyn Session, filters: &[Expr], batch: RecordBatch) -> Result<RecordBatch> {
+        let Some(predicate) = self.predicate(state, filters)? else { return Ok(batch) };
+        let mask = predicate.evaluate(&batch)?.into_array(batch.num_rows())?;
+        match mask.as_any().downcast_ref::<BooleanArray>() {
+            Some(mask) => Ok(filter_record_batch(&batch, mask)?),
+            None => Ok(batch),
+        }
+    }
+
+    fn predicate(&self, state: &dyn Session, filters: &[Expr]) -> Result<Option<Arc<dyn PhysicalExpr>>> {
+        let Some(all) = conjunction(filters.to_vec()) else { return Ok(None) };
+        let schema = DFSchema::try_from(Arc::clone(&self.schema))?;
+        state.create_physical_expr(all, &schema).map(Some)
+    }
+
+    fn files(
+        &self,
+        state: &dyn Session,
+        rows: &Rows,
+        projection: Option<&Vec<usize>>,
+        filters: &[Expr],
+        limit: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        let mut source = ParquetSource::new(Arc::clone(&self.schema));
+        if let Some(predicate) = self.predicate(state, filters)? {
+            source = source.with_predicate(predicate);
+        }
+        let partitions = state.config().target_partitions().clamp(1, rows.view.manifest.files.len());
+        let mut groups = vec![Vec::new(); partitions];
+        for (index, file) in rows.view.manifest.files.iter().enumerate() {
+            groups[index % partitions].push(partitioned(file)?);
+        }
+        let config = FileScanConfigBuilder::new(ObjectStoreUrl::parse(store_url(&rows.root))?, Arc::new(source))
+            .with_file_groups(groups.into_iter().map(FileGroup::new).collect())
+            .with_projection_indices(projection.cloned())?
+            .with_limit(limit)
+            .with_expr_adapter(Some(Arc::new(Defaults::of(&self.table)?)))
+            .build();
+        Ok(DataSourceExec::from_data_source(config))
+    }
+}
+
+fn partitioned(file: &FileEntry) -> Result<PartitionedFile> {
+    let location = object_store::path::Path::parse(&file.path).map_err(|error| DataFusionError::External(Box::new(error)))?;
+    let last_modified = chrono::DateTime::from_timestamp_micros(file.created_us).unwrap_or_default();
+    Ok(PartitionedFile::new_from_meta(ObjectMeta {
+        location,
+        last_modified,
+        size: file.bytes,
+        e_tag: None,
+        version: None,
+    }))
+}
+
+#[async_trait]
+impl TableProvider for InstanceTable {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    fn supports_filters_pushdown(&self, filters: &[&Expr]) -> Result<Vec<TableProviderFilterPushDown>> {
+        Ok(vec![TableProviderFilterPushDown::Inexact; filters.len()])
+    }
+
+    async fn scan(
+        &self,
+        state: &dyn Session,
+        projection: Option<&Vec<usize>>,
+        filters: &[Expr],
+        limit: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        let identity = state.config().get_extension::<Identity>().ok_or_else(|| {
+            DataFusionError::Internal("a scan without an identity was refused".to_owned())
+        })?;
+        let owner = owner_for(&self.table, &identity, false).map_err(external)?;
+        // With filters all columns are decoded, for the filters to see; without, only those that are asked for.
+        let every: Vec<usize> = (0..self.schema.fields().len()).collect();
+        let decoded = if filters.is_empty() { projection.cloned().unwrap_or(every) } else { every };
+        let wanted_of_decoded = if filters.is_empty() { None } else { projection.cloned() };
+        let bounded = if filters.is_empty() { limit } else { None };
+        let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
+        let rows = tokio::task::spawn_blocking(move || engine.read(&table, &owner, &decoded, bounded))
+            .await
+            .map_err(|error| DataFusionError::External(Box::new(error)))?
+            .map_err(|error| external(super::engine_errors::of_read(&error)))?;
+        let batch = self.filter(state, filters, rows.buffered.clone())?;
+        let schema = batch.schema();
+        let hot = MemorySourceConfig::try_new_exec(&[vec![batch]], schema, wanted_of_decoded)?;
+        if rows.view.manifest.files.is_empty() {
+            return Ok(hot);
+        }
+        let cold = self.files(state, &rows, projection, filters, bounded)?;
+        UnionExec::try_new(vec![hot, cold])
+    }
+}
+
+fn external(error: ApiError) -> DataFusionError {
+    DataFusionError::External(Box::new(error))
+}
+
+/// Columns that are younger than a file read as their literal default there, or as NULL.
+#[derive(Debug)]
+struct Defaults(Arc<std::collections::HashMap<String, ScalarValue>>);
+
+impl Defaults {
+    fn of(table: &TableEntry) -> Result<Self> {
+        let with_default = table.columns.iter().filter_map(|column| {
+            let value: &Value = column.default.as_ref()?.literal()?;
+            Some(params::scalar(value, &column.ty).map(|scalar| (column.name.to_string(), scalar)))
+        });
+        Ok(Self(Arc::new(with_default.collect::<Result<_>>()?)))
+    }
+}
+
+impl PhysicalExprAdapterFactory for Defaults {
+    fn create(&self, logical: SchemaRef, physical: SchemaRef) -> Result<Arc<dyn PhysicalExprAdapter>> {
+        let missing = self
+            .0
+            .iter()
+            .filter(|(name, _)| physical.column_with_name(name).is_none())
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
+        let inner = DefaultPhysicalExprAdapterFactory.create(logical, physical)?;
+        Ok(Arc::new(WithDefaults { missing, inner }))
+    }
+}
+
+#[derive(Debug)]
+struct WithDefaults {
+    missing: std::collections::HashMap<String, ScalarValue>,
+    inner: Arc<dyn PhysicalExprAdapter>,
+}
+
+impl PhysicalExprAdapter for WithDefaults {
+    fn rewrite(&self, expr: Arc<dyn PhysicalExpr>) -> Result<Arc<dyn PhysicalExpr>> {
+        self.inner.rewrite(replace_columns_with_literals(expr, &self.missing)?)
+    }
+}

@@ -1,0 +1,186 @@
+//! Queries: plan with DataFusion, bind parameters, run within limits, encode.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::datatypes::DataType;
+use datafusion::common::{ParamValues, ScalarValue};
+use datafusion::error::DataFusionError;
+use datafusion::execution::context::SessionState;
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::physical_plan::execute_stream;
+use datafusion::sql::parser::Statement as PlannerStatement;
+use futures::StreamExt as _;
+
+use super::parse::QueryStatement;
+use super::{QUERY_WAIT, Request, Sql, params, session, wildcard};
+use crate::catalog::Snapshot;
+use crate::error::{ApiError, Kind};
+use crate::http::encode::{Answer, Encoder};
+
+impl Sql {
+    pub(super) async fn query(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        query: QueryStatement,
+    ) -> Result<Answer, ApiError> {
+        let _turn = match tokio::time::timeout(QUERY_WAIT, self.queries.acquire()).await {
+            Ok(turn) => turn,
+            Err(_) => {
+                let message = format!("{} queries are running already; try again", self.limits.queries_max);
+                return Err(ApiError::new(Kind::Busy, "TOO_MANY_QUERIES", message));
+            }
+        };
+        self.metrics.queries.inc();
+        let limit = Duration::from_secs(self.limits.query_timeout_secs);
+        match tokio::time::timeout(limit, self.run_query(request, snapshot, query)).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                let message = format!("the query ran longer than {} s and was stopped", limit.as_secs());
+                Err(ApiError::unavailable("QUERY_TIMEOUT", message))
+            }
+        }
+    }
+
+    async fn run_query(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        query: QueryStatement,
+    ) -> Result<Answer, ApiError> {
+        let QueryStatement { mut statement, names_system_columns } = query;
+        if names_system_columns {
+            wildcard::expand(&mut statement, snapshot, request.namespace)?;
+        }
+        let explain = |error| of_datafusion(error, snapshot, &self.limits);
+        let state = self
+            .sessions
+            .open(request.identity, snapshot, request.namespace, names_system_columns)
+            .map_err(explain)?;
+        let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
+        refuse_writes(&plan)?;
+        let plan = bind(plan, request)?;
+        let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
+        let mut encoder = Encoder::new(&physical.schema(), self.limits.answer_bytes_max)?;
+        let mut batches = execute_stream(physical, context(&state)).map_err(explain)?;
+        while let Some(batch) = batches.next().await {
+            encoder.push(&batch.map_err(explain)?)?;
+        }
+        Ok(encoder.finish())
+    }
+}
+
+fn context(state: &SessionState) -> Arc<datafusion::execution::TaskContext> {
+    state.task_ctx()
+}
+
+/// The second lock on the same door: whatever the parser let through, a plan that writes or changes the session is not
+/// run.
+fn refuse_writes(plan: &LogicalPlan) -> Result<(), ApiError> {
+    use datafusion::execution::context::SQLOptions;
+    SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false).verify_plan(plan).map_err(
+        |_| ApiError::invalid("UNSUPPORTED_STATEMENT", "only queries are run; nothing was changed"),
+    )
+}
+
+fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiError> {
+    let invalid = |error: DataFusionError| ApiError::invalid("INVALID_PARAMETER", error.strip_backtrace());
+    let inferred = plan.get_parameter_types().map_err(invalid)?;
+    check_numbers(&inferred, request.params.len())?;
+    if inferred.is_empty() {
+        return Ok(plan);
+    }
+    let mut values: Vec<ScalarValue> = Vec::with_capacity(request.params.len());
+    for (number, raw) in (1_usize..).zip(request.params) {
+        let wanted = inferred.get(&format!("${number}")).and_then(Option::as_ref);
+        values.push(params::parameter(number, raw, wanted)?);
+    }
+    plan.with_param_values(ParamValues::from(values)).map_err(invalid)
+}
+
+/// Every placeholder is `$1`, `$2`, … and has a value; every value has a placeholder.
+fn check_numbers(inferred: &HashMap<String, Option<DataType>>, sent: usize) -> Result<(), ApiError> {
+    let mut used = vec![false; sent];
+    for name in inferred.keys() {
+        let number = name.strip_prefix('$').and_then(|digits| digits.parse::<usize>().ok()).filter(|n| *n >= 1);
+        let Some(number) = number else {
+            let message = format!("`{name}` is no parameter; use $1, $2, …");
+            return Err(ApiError::invalid("INVALID_PARAMETER", message));
+        };
+        match used.get_mut(number - 1) {
+            Some(slot) => *slot = true,
+            None => {
+                let message = format!("the statement uses ${number}, and {sent} parameter(s) were sent");
+                return Err(ApiError::invalid("INVALID_PARAMETER", message));
+            }
+        }
+    }
+    match used.iter().position(|used| !used) {
+        Some(index) => {
+            let message = format!("parameter ${} was sent, and the statement does not use it", index + 1);
+            Err(ApiError::invalid("INVALID_PARAMETER", message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What DataFusion says, for the client. Its plan and value errors speak of the caller's own statement; everything else
+/// is ours, and goes to the log.
+pub(super) fn of_datafusion(error: DataFusionError, snapshot: &Snapshot, limits: &super::SqlLimits) -> ApiError {
+    match error.find_root() {
+        DataFusionError::External(inner) => match inner.downcast_ref::<ApiError>() {
+            Some(ours) => ours.clone(),
+            None => storage_or_internal(&error),
+        },
+        DataFusionError::ResourcesExhausted(_) => ApiError::new(
+            Kind::TooLarge,
+            "QUERY_MEMORY_EXCEEDED",
+            format!("the query needs more than {} bytes of memory; narrow it", limits.query_memory_bytes),
+        ),
+        DataFusionError::Plan(message) => match missing_table(message) {
+            Some(name) => session::no_such_table(snapshot, &name),
+            None => ApiError::invalid("INVALID_SQL", message.clone()),
+        },
+        DataFusionError::SchemaError(schema, _) => ApiError::invalid("INVALID_SQL", schema.to_string()),
+        DataFusionError::SQL(parser, _) => ApiError::invalid("SYNTAX_ERROR", parser.to_string()),
+        DataFusionError::NotImplemented(message) => ApiError::invalid("UNSUPPORTED", message.clone()),
+        DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
+            ApiError::invalid("INVALID_VALUE", message.clone())
+        }
+        DataFusionError::ArrowError(arrow, _) => of_arrow(arrow, &error),
+        _ => storage_or_internal(&error),
+    }
+}
+
+fn of_arrow(arrow: &arrow::error::ArrowError, whole: &DataFusionError) -> ApiError {
+    use arrow::error::ArrowError;
+    match arrow {
+        ArrowError::DivideByZero => ApiError::invalid("DIVISION_BY_ZERO", "division by zero"),
+        ArrowError::CastError(message)
+        | ArrowError::ParseError(message)
+        | ArrowError::ComputeError(message)
+        | ArrowError::InvalidArgumentError(message)
+        | ArrowError::ArithmeticOverflow(message) => ApiError::invalid("INVALID_VALUE", message.clone()),
+        _ => storage_or_internal(whole),
+    }
+}
+
+fn storage_or_internal(error: &DataFusionError) -> ApiError {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(inner) = source {
+        if inner.downcast_ref::<object_store::Error>().is_some() {
+            tracing::warn!(error = %crate::error::Chain(error), "a query could not read its files");
+            return ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; try again");
+        }
+        source = inner.source();
+    }
+    ApiError::internal(error)
+}
+
+/// The name in DataFusion's `table 'kalam.app.t' not found`, as the client wrote it.
+fn missing_table(message: &str) -> Option<String> {
+    let name = message.strip_prefix("table '")?.strip_suffix("' not found")?;
+    Some(name.strip_prefix("kalam.").unwrap_or(name).trim_start_matches('.').to_owned())
+}

@@ -1,0 +1,309 @@
+//! One DataFusion session per request, cloned from a template: it sees one catalog snapshot and one caller.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use datafusion::catalog::{CatalogProvider, CatalogProviderList, SchemaProvider, TableFunction, TableProvider};
+use datafusion::error::{DataFusionError, Result};
+use datafusion::execution::context::SessionState;
+use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
+use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
+use datafusion::execution::object_store::ObjectStoreRegistry;
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
+use datafusion::execution::SessionStateDefaults;
+use datafusion::execution::session_state::SessionStateBuilder;
+use datafusion::logical_expr::ScalarUDF;
+use datafusion::prelude::SessionConfig;
+use kalamdb_model::{SqlName, StorageName, TableName};
+use object_store::ObjectStore;
+
+use super::parse::TABLE_FUNCTIONS;
+use super::{SqlLimits, functions, information_schema, provider};
+use crate::auth::Identity;
+use crate::catalog::{CatalogHandle, Snapshot};
+use crate::engine::{Engine, RootKey, Storages};
+use crate::error::{ApiError, Kind};
+
+/// The one catalog that sessions have; users need not name it.
+const CATALOG: &str = "kalam";
+
+/// Rows per batch, DataFusion's default.
+const BATCH_ROWS: usize = 8_192;
+
+/// Makes sessions.
+pub(super) struct Sessions {
+    template: SessionState,
+    runtime: Arc<RuntimeEnv>,
+    engine: Arc<Engine>,
+    pool: Arc<dyn MemoryPool>,
+    query_memory_bytes: usize,
+}
+
+impl Sessions {
+    pub(super) fn new(engine: &Arc<Engine>, limits: &SqlLimits) -> Result<Self> {
+        let stores = Arc::new(Stores { catalog: engine.catalog().clone(), storages: engine.storages().clone() });
+        let runtime = RuntimeEnvBuilder::new()
+            .with_object_store_registry(stores)
+            // Queries do not spill: rows of users would lie in temporary files. The limit is an error instead.
+            .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Disabled))
+            .build_arc()?;
+        let template = SessionStateBuilder::new_with_default_features()
+            .with_config(config())
+            .with_runtime_env(Arc::clone(&runtime))
+            .with_table_functions(table_functions())
+            .with_table_factories(HashMap::new())
+            .with_catalog_list(Arc::new(Catalogs::default()))
+            .build();
+        let pool = Arc::new(GreedyMemoryPool::new(limits.queries_memory_bytes));
+        Ok(Self { template, runtime, engine: Arc::clone(engine), pool, query_memory_bytes: limits.query_memory_bytes })
+    }
+
+    /// A session for `identity` on `snapshot`. With `system_columns`, tables show `_seq`, `_updated`, `_deleted`.
+    pub(super) fn open(
+        &self,
+        identity: &Identity,
+        snapshot: &Arc<Snapshot>,
+        namespace: Option<&str>,
+        system_columns: bool,
+    ) -> Result<SessionState> {
+        let mut config = self.template.config().clone().with_extension(Arc::new(identity.clone()));
+        if let Some(namespace) = namespace {
+            config.options_mut().catalog.default_schema = namespace.to_owned();
+        }
+        let pool = Arc::new(QueryPool::new(self.query_memory_bytes, Arc::clone(&self.pool)));
+        let runtime = RuntimeEnvBuilder::from_runtime_env(&self.runtime).with_memory_pool(pool).build_arc()?;
+        let visible = Visible {
+            engine: Arc::clone(&self.engine),
+            snapshot: Arc::clone(snapshot),
+            identity: identity.clone(),
+            system_columns,
+        };
+        let mut state = SessionStateBuilder::new_from_existing(self.template.clone())
+            .with_config(config)
+            .with_runtime_env(runtime)
+            .with_catalog_list(Arc::new(Catalogs(Some(Arc::new(visible)))))
+            .build();
+        functions::register(&mut state, identity)?;
+        Ok(state)
+    }
+}
+
+fn config() -> SessionConfig {
+    let mut config = SessionConfig::new()
+        .with_target_partitions(std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4))
+        .with_batch_size(BATCH_ROWS)
+        .with_create_default_catalog_and_schema(false)
+        .with_information_schema(false)
+        .with_default_catalog_and_schema(CATALOG, "");
+    let options = config.options_mut();
+    // A decimal literal stays exact; as a double, `price = 1.10` would compare after rounding.
+    options.sql_parser.parse_float_as_decimal = true;
+    options.sql_parser.map_string_types_to_utf8view = false;
+    options.execution.parquet.schema_force_view_types = false;
+    options.execution.parquet.enable_page_index = true;
+    options.execution.parquet.bloom_filter_on_read = true;
+    // Zone of the answers, whatever the machine's.
+    options.execution.time_zone = Some("+00:00".to_owned());
+    config
+}
+
+fn table_functions() -> HashMap<String, Arc<TableFunction>> {
+    SessionStateDefaults::default_table_functions()
+        .into_iter()
+        .filter(|function| TABLE_FUNCTIONS.contains(&function.name()))
+        .map(|function| (function.name().to_owned(), function))
+        .collect()
+}
+
+/// Registers a scalar function in a session.
+pub(super) fn register(state: &mut SessionState, function: ScalarUDF) -> Result<()> {
+    use datafusion::execution::FunctionRegistry as _;
+    state.register_udf(Arc::new(function)).map(|_| ())
+}
+
+/// URL under which a root's store is known to DataFusion: `kalam://storage.root/`.
+pub(super) fn store_url(root: &RootKey) -> String {
+    format!("kalam://{root}")
+}
+
+/// Knows the stores of the catalog and no others: no `file://`, no discovery.
+#[derive(Clone)]
+struct Stores {
+    catalog: CatalogHandle,
+    storages: Storages,
+}
+
+impl std::fmt::Debug for Stores {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stores")
+    }
+}
+
+impl ObjectStoreRegistry for Stores {
+    fn register_store(&self, _: &url::Url, _: Arc<dyn ObjectStore>) -> Option<Arc<dyn ObjectStore>> {
+        None
+    }
+
+    fn get_store(&self, url: &url::Url) -> Result<Arc<dyn ObjectStore>> {
+        let unknown = || DataFusionError::Plan("no such object store".to_owned());
+        if url.scheme() != "kalam" {
+            return Err(unknown());
+        }
+        let (storage, root) = url.host_str().and_then(|host| host.rsplit_once('.')).ok_or_else(unknown)?;
+        let storage = StorageName::new(storage).map_err(|_| unknown())?;
+        let key = RootKey { storage, root: root.parse().map_err(|_| unknown())? };
+        self.storages.store(&self.catalog.current(), &key).map_err(|error| DataFusionError::External(Box::new(error)))
+    }
+}
+
+/// What one request sees.
+pub(super) struct Visible {
+    pub(super) engine: Arc<Engine>,
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) identity: Identity,
+    pub(super) system_columns: bool,
+}
+
+#[derive(Default)]
+struct Catalogs(Option<Arc<Visible>>);
+
+impl std::fmt::Debug for Catalogs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Catalogs")
+    }
+}
+
+impl CatalogProviderList for Catalogs {
+    fn register_catalog(&self, _: String, _: Arc<dyn CatalogProvider>) -> Option<Arc<dyn CatalogProvider>> {
+        None
+    }
+
+    fn catalog_names(&self) -> Vec<String> {
+        vec![CATALOG.to_owned()]
+    }
+
+    fn catalog(&self, name: &str) -> Option<Arc<dyn CatalogProvider>> {
+        let visible = self.0.as_ref().filter(|_| name == CATALOG)?;
+        Some(Arc::new(Schemas(Arc::clone(visible))))
+    }
+}
+
+struct Schemas(Arc<Visible>);
+
+impl std::fmt::Debug for Schemas {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Schemas")
+    }
+}
+
+impl CatalogProvider for Schemas {
+    fn schema_names(&self) -> Vec<String> {
+        self.0.snapshot.catalog.namespaces.keys().map(ToString::to_string).collect()
+    }
+
+    fn schema(&self, name: &str) -> Option<Arc<dyn SchemaProvider>> {
+        Some(Arc::new(Tables { visible: Arc::clone(&self.0), schema: name.to_owned() }))
+    }
+}
+
+struct Tables {
+    visible: Arc<Visible>,
+    schema: String,
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tables")
+    }
+}
+
+impl Tables {
+    fn entry(&self, table: &str) -> Option<TableName> {
+        Some(TableName { namespace: SqlName::new(&*self.schema).ok()?, table: SqlName::new(table).ok()? })
+    }
+}
+
+#[async_trait]
+impl SchemaProvider for Tables {
+    fn table_names(&self) -> Vec<String> {
+        let Ok(namespace) = SqlName::new(&*self.schema) else { return Vec::new() };
+        self.visible.snapshot.tables_of(&namespace).iter().map(|name| name.table.to_string()).collect()
+    }
+
+    async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
+        if self.schema == information_schema::NAME {
+            return information_schema::table(&self.visible, name);
+        }
+        let entry = self.entry(name).and_then(|name| self.visible.snapshot.table(&name).cloned());
+        let Some(entry) = entry else { return Ok(None) };
+        let engine = Arc::clone(&self.visible.engine);
+        Ok(Some(Arc::new(provider::InstanceTable::new(engine, entry, self.visible.system_columns))))
+    }
+
+    fn table_exist(&self, name: &str) -> bool {
+        self.entry(name).is_some_and(|name| self.visible.snapshot.table(&name).is_some())
+    }
+}
+
+/// A table that is not there, with the nearest name that is.
+pub(super) fn no_such_table(snapshot: &Snapshot, name: &str) -> ApiError {
+    let near = snapshot
+        .catalog
+        .tables
+        .keys()
+        .map(ToString::to_string)
+        .map(|known| (datafusion::common::utils::datafusion_strsim::levenshtein(&known, name), known))
+        .filter(|(distance, _)| *distance <= 3)
+        .min();
+    let hint = near.map(|(_, known)| format!("; did you mean `{known}`?")).unwrap_or_default();
+    ApiError::new(Kind::NotFound, "TABLE_NOT_FOUND", format!("table `{name}` does not exist{hint}"))
+}
+
+/// The memory of one query: its own limit, taken from the limit of all.
+#[derive(Debug)]
+struct QueryPool {
+    own: GreedyMemoryPool,
+    all: Arc<dyn MemoryPool>,
+}
+
+impl QueryPool {
+    fn new(limit: usize, all: Arc<dyn MemoryPool>) -> Self {
+        Self { own: GreedyMemoryPool::new(limit), all }
+    }
+}
+
+impl std::fmt::Display for QueryPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("query")
+    }
+}
+
+impl MemoryPool for QueryPool {
+    fn name(&self) -> &str {
+        "query"
+    }
+
+    fn grow(&self, reservation: &datafusion::execution::memory_pool::MemoryReservation, additional: usize) {
+        self.own.grow(reservation, additional);
+        self.all.grow(reservation, additional);
+    }
+
+    fn shrink(&self, reservation: &datafusion::execution::memory_pool::MemoryReservation, shrink: usize) {
+        self.own.shrink(reservation, shrink);
+        self.all.shrink(reservation, shrink);
+    }
+
+    fn try_grow(
+        &self,
+        reservation: &datafusion::execution::memory_pool::MemoryReservation,
+        additional: usize,
+    ) -> Result<()> {
+        self.own.try_grow(reservation, additional)?;
+        self.all.try_grow(reservation, additional).inspect_err(|_| self.own.shrink(reservation, additional))
+    }
+
+    fn reserved(&self) -> usize {
+        self.own.reserved()
+    }
+}

@@ -1,0 +1,32 @@
+//! What KalamDB keeps in object storage: where each object lies, how it is written safely, and how it reads back.
+//!
+//! Owns: object paths ([`paths`]), stores and their credentials ([`store`], [`filesystem`]), create-if-absent
+//! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]), manifests ([`manifest`]) and Parquet
+//! files ([`parquet_file`]).
+//! Does not own: which pod may write (shards and leases are the query pod's), unflushed rows (`write_buffer`), SQL.
+//!
+//! After a crash: every object is created whole or not at all and is never changed afterwards, so each step may run
+//! twice. What a writer does not know, it asks the store; it never guesses, and an error is never read as "empty".
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+mod catalog_delta;
+pub mod catalog_log;
+pub mod create;
+pub mod filesystem;
+pub mod key_columns;
+pub mod manifest;
+pub mod parquet_file;
+pub mod parquet_read;
+pub mod paths;
+pub mod probe;
+pub mod store;
+pub mod stream;
+mod stream_format;
+
+pub use catalog_log::CatalogLog;
+pub use create::{Create, CreateError, create_exact};
+pub use filesystem::FilesystemStore;
+pub use manifest::{Edit, FileEntry, Manifest};
+pub use probe::{ProbeError, ProbeReason, probe};
+pub use store::{Credentials, StoreError, open, open_home};
+pub use stream::{Replay, StreamError, StreamWriter, fence};

@@ -1,0 +1,200 @@
+//! What files an instance has, and the edits that a flush makes to that.
+//!
+//! Owns: the JSON of manifests and edits, format 1. Does not own: where edits are stored ([`crate::stream`]) or
+//! where the manifest of an instance is kept (the write buffer).
+//!
+//! After a crash edits are applied again in their order; applying one twice changes nothing.
+
+use kalamdb_model::ids::{Generation, InstanceId};
+use serde::{Deserialize, Serialize};
+
+/// The format that this build writes, and the newest that it reads.
+pub const FORMAT: u32 = 1;
+
+/// One Parquet file of an instance. Immutable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FileEntry {
+    /// Relative to the storage's root.
+    pub path: String,
+    /// Rows in it.
+    pub rows: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// Smallest key, memcomparable; hexadecimal in JSON.
+    #[serde(with = "hex")]
+    pub min_key: Vec<u8>,
+    /// Largest key.
+    #[serde(with = "hex")]
+    pub max_key: Vec<u8>,
+    /// Smallest `_seq`.
+    pub min_seq: i64,
+    /// Largest `_seq`.
+    pub max_seq: i64,
+    /// The table's schema version when it was written.
+    pub schema_version: u32,
+    /// When it was written, microseconds since 1970.
+    pub created_us: i64,
+}
+
+/// All files of one instance, ordered by path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The files.
+    pub files: Vec<FileEntry>,
+}
+
+impl Default for Manifest {
+    fn default() -> Self {
+        Self { format: FORMAT, files: Vec::new() }
+    }
+}
+
+/// What one flush or compaction changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Edit {
+    /// Of which instance.
+    pub instance: InstanceId,
+    /// Every row of this and earlier generations is in files now.
+    pub generation: Generation,
+    /// Largest `_seq` that is in files.
+    pub last_seq: i64,
+    /// New files.
+    pub add: Vec<FileEntry>,
+    /// Paths of files that these replace.
+    pub remove: Vec<String>,
+}
+
+/// Why bytes are no manifest.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// Not this JSON.
+    #[error("the manifest is damaged")]
+    Damaged(#[source] serde_json::Error),
+    /// From a later version of KalamDB.
+    #[error("the manifest has format {0}, this version reads up to {FORMAT}; upgrade KalamDB")]
+    Newer(u32),
+}
+
+impl Manifest {
+    /// The manifest as JSON.
+    ///
+    /// # Panics
+    /// Never: strings and numbers always have a JSON form.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers always have a JSON form")
+    }
+
+    /// Reads [`Manifest::encode`].
+    ///
+    /// # Errors
+    /// If it is damaged or of a later format; a damaged manifest is never an empty one.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            format: u32,
+        }
+        let Versioned { format } = serde_json::from_slice(bytes).map_err(ManifestError::Damaged)?;
+        if format > FORMAT {
+            return Err(ManifestError::Newer(format));
+        }
+        serde_json::from_slice(bytes).map_err(ManifestError::Damaged)
+    }
+}
+
+/// The manifest after `edit`. Applying an edit again changes nothing.
+#[must_use]
+pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
+    let gone = |path: &String| edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path);
+    let mut files: Vec<FileEntry> = manifest.files.iter().filter(|file| !gone(&file.path)).cloned().collect();
+    files.extend(edit.add.iter().cloned());
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Manifest { format: manifest.format, files }
+}
+
+mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits: Option<Vec<u8>> =
+            text.chars().map(|digit| digit.to_digit(16).and_then(|value| u8::try_from(value).ok())).collect();
+        match digits {
+            Some(digits) if digits.len() % 2 == 0 => Ok(digits.chunks(2).map(|pair| pair[0] * 16 + pair[1]).collect()),
+            _ => Err(D::Error::custom("expected an even number of hexadecimal digits")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kalamdb_model::ids::{TableId, UserId};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn file(path: &str) -> FileEntry {
+        FileEntry {
+            path: path.to_owned(),
+            rows: 1,
+            bytes: 1,
+            min_key: vec![0, 0xff],
+            max_key: vec![0x80],
+            min_seq: 1,
+            max_seq: 2,
+            schema_version: 1,
+            created_us: 0,
+        }
+    }
+
+    fn edit(add: &[u8], remove: &[u8]) -> Edit {
+        let name = |n: &u8| format!("f{n}");
+        Edit {
+            instance: InstanceId::of_user(UserId::new("a").unwrap(), TableId(1)),
+            generation: Generation(1),
+            last_seq: 1,
+            add: add.iter().map(|n| file(&name(n))).collect(),
+            remove: remove.iter().map(name).collect(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn applying_an_edit_again_changes_nothing(
+            before in proptest::collection::btree_set(0..20_u8, 0..10),
+            add in proptest::collection::btree_set(20..30_u8, 0..5),
+            remove in proptest::collection::btree_set(0..20_u8, 0..5),
+        ) {
+            let list = |set: &std::collections::BTreeSet<u8>| set.iter().copied().collect::<Vec<_>>();
+            let start = apply(&Manifest::default(), &edit(&list(&before), &[]));
+            let change = edit(&list(&add), &list(&remove));
+            let once = apply(&start, &change);
+            prop_assert_eq!(&apply(&once, &change), &once);
+            prop_assert_eq!(once.files.len(), before.difference(&remove).count() + add.len());
+        }
+
+        #[test]
+        fn a_manifest_reads_back(names in proptest::collection::vec(any::<String>(), 0..5), key in any::<Vec<u8>>()) {
+            let files = names.iter().map(|name| FileEntry { min_key: key.clone(), ..file(name) }).collect();
+            let manifest = Manifest { files, ..Manifest::default() };
+            prop_assert_eq!(Manifest::decode(&manifest.encode()).unwrap(), manifest);
+        }
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_never_an_empty_one() {
+        for bad in ["", "{}", "{\"format\":1}", "{\"format\":1,\"files\":[{}]}", "[]", "null"] {
+            assert!(matches!(Manifest::decode(bad.as_bytes()), Err(ManifestError::Damaged(_))), "{bad}");
+        }
+        assert!(matches!(Manifest::decode(b"{\"format\":2,\"files\":{}}"), Err(ManifestError::Newer(2))));
+    }
+}

@@ -1,0 +1,354 @@
+//! A query pod as a process of its own, driven over HTTP like any client would.
+
+use std::collections::HashMap;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::{Value, json};
+
+/// How long a pod may take to get ready or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The manifests of most tests: a storage on the local file system, a namespace, and one table, `app.messages`.
+pub const MANIFESTS: &str = "
+apiVersion: kalamdb.org/v1alpha1
+kind: Storage
+metadata: {name: local}
+spec:
+  type: Filesystem
+  filesystem: {path: ./files}
+  userTablesTemplate: users/{userId}/{namespace}/{tableName}
+  sharedTablesTemplate: shared/{namespace}/{tableName}
+---
+apiVersion: kalamdb.org/v1alpha1
+kind: Namespace
+metadata: {name: app}
+spec: {defaultStorage: local}
+---
+apiVersion: kalamdb.org/v1alpha1
+kind: UserTable
+metadata: {name: app.messages}
+spec:
+  namespaceRef: app
+  tableName: messages
+  columns:
+    - {name: id, type: BIGINT, primaryKey: true, default: SNOWFLAKE_ID()}
+    - {name: body, type: TEXT, nullable: false}
+  flushPolicy: {rows: 10000, interval: 1h}
+";
+
+/// A folder for one pod: its data, its manifests, its log. Outlives restarts of the pod.
+pub struct Home {
+    dir: tempfile::TempDir,
+    binary: PathBuf,
+    /// More flags of `standalone`.
+    pub flags: Vec<String>,
+    /// More environment of the process.
+    pub env: Vec<(String, String)>,
+}
+
+/// A running pod.
+pub struct Pod {
+    child: Child,
+    binary: PathBuf,
+    data_dir: PathBuf,
+    log: PathBuf,
+    /// `http://127.0.0.1:port`.
+    pub url: String,
+    client: reqwest::Client,
+    tokens: Mutex<HashMap<(String, String), String>>,
+}
+
+/// What a statement was answered with.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The envelope.
+    pub body: Value,
+}
+
+impl Home {
+    /// A folder with `manifests` as its one manifest file, for pods that run `binary`.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn new(binary: impl Into<PathBuf>, manifests: &str) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        std::fs::create_dir(dir.path().join("manifests"))?;
+        let home = Self { dir, binary: binary.into(), flags: Vec::new(), env: Vec::new() };
+        home.write_manifest("all.yaml", manifests)?;
+        Ok(home)
+    }
+
+    /// Adds or replaces a manifest file.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn write_manifest(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        Ok(std::fs::write(self.dir.path().join("manifests").join(name), text)?)
+    }
+
+    /// Removes a manifest file.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn remove_manifest(&self, name: &str) -> anyhow::Result<()> {
+        Ok(std::fs::remove_file(self.dir.path().join("manifests").join(name))?)
+    }
+
+    /// The pod's data folder.
+    #[must_use]
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// Everything the pods of this folder have logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// Starts the process and does not wait for it.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn spawn(&self) -> anyhow::Result<Child> {
+        let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log"))?;
+        let mut command = Command::new(&self.binary);
+        command
+            .args(["standalone", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(self.data_dir())
+            .arg("--manifests")
+            .arg(self.dir.path().join("manifests"))
+            .args(&self.flags)
+            .envs(self.env.iter().cloned())
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        command.spawn().with_context(|| format!("failed to start `{}`", self.binary.display()))
+    }
+
+    /// Starts a pod and waits until it is ready.
+    ///
+    /// # Errors
+    /// With its log, if it does not get ready.
+    pub async fn start(&self) -> anyhow::Result<Pod> {
+        let before = self.log().len();
+        let mut child = self.spawn()?;
+        let deadline = Instant::now() + PATIENCE;
+        let client = reqwest::Client::builder().timeout(PATIENCE).build()?;
+        loop {
+            if let Some(status) = child.try_wait()? {
+                bail!("the pod ended with {status}:\n{}", self.log());
+            }
+            let log = self.log();
+            let address = log[before..].lines().find_map(|line| line.split_once("address=")).map(|(_, address)| address.trim());
+            if let Some(address) = address {
+                let url = format!("http://{address}");
+                let ready = client.get(format!("{url}/readyz")).send().await.is_ok_and(|r| r.status().is_success());
+                if ready {
+                    let (binary, data_dir) = (self.binary.clone(), self.data_dir());
+                    let log = self.dir.path().join("log");
+                    return Ok(Pod { child, binary, data_dir, log, url, client, tokens: Mutex::default() });
+                }
+            }
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                bail!("the pod did not get ready:\n{log}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Pod {
+    /// A token for `user`.
+    ///
+    /// # Errors
+    /// If the `token` command fails.
+    pub fn token(&self, user: &str, role: &str) -> anyhow::Result<String> {
+        let key = (user.to_owned(), role.to_owned());
+        if let Some(token) = self.tokens.lock().expect("no panic while locked").get(&key) {
+            return Ok(token.clone());
+        }
+        let output = Command::new(&self.binary)
+            .args(["token", "--role", role, "--user", user, "--data-dir"])
+            .arg(&self.data_dir)
+            .output()?;
+        ensure!(output.status.success(), "no token for `{user}`: {}", String::from_utf8_lossy(&output.stderr));
+        let token = String::from_utf8(output.stdout)?.trim().to_owned();
+        self.tokens.lock().expect("no panic while locked").insert(key, token.clone());
+        Ok(token)
+    }
+
+    /// Runs a statement as `user`.
+    ///
+    /// # Errors
+    /// If there is no answer; an answer that is an error is an [`Answer`].
+    pub async fn sql(&self, user: &str, sql: &str, params: Value) -> anyhow::Result<Answer> {
+        self.sql_as(user, "user", sql, params).await
+    }
+
+    /// Runs a statement as `user` with `role`.
+    ///
+    /// # Errors
+    /// As [`Pod::sql`].
+    pub async fn sql_as(&self, user: &str, role: &str, sql: &str, params: Value) -> anyhow::Result<Answer> {
+        let body = json!({"sql": sql, "params": params});
+        let token = self.token(user, role)?;
+        let response =
+            self.client.post(format!("{}/v1/api/sql", self.url)).bearer_auth(token).json(&body).send().await?;
+        let status = response.status().as_u16();
+        Ok(Answer { status, body: response.json().await? })
+    }
+
+    /// Runs a statement as `user` and returns its rows.
+    ///
+    /// # Errors
+    /// With the answer, if it is an error.
+    pub async fn rows(&self, user: &str, sql: &str) -> anyhow::Result<Vec<Value>> {
+        self.sql(user, sql, json!([])).await?.rows()
+    }
+
+    /// Runs a statement as `user` that must succeed; returns `row_count`.
+    ///
+    /// # Errors
+    /// With the answer, if it is an error.
+    pub async fn run(&self, user: &str, sql: &str, params: Value) -> anyhow::Result<u64> {
+        let answer = self.sql(user, sql, params).await?;
+        ensure!(answer.status == 200, "{sql}: {}", answer.body);
+        answer.body["results"][0]["row_count"].as_u64().context("no row_count")
+    }
+
+    /// GETs a path.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let response = self.client.get(format!("{}{path}", self.url)).send().await?;
+        Ok((response.status().as_u16(), response.text().await?))
+    }
+
+    /// Ends the process as `kill -9` does.
+    ///
+    /// # Errors
+    /// If it was gone already.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        let status = self.child.wait()?;
+        ensure!(status.signal() == Some(9), "it had ended before: {status}");
+        Ok(())
+    }
+
+    /// Asks the process to stop with SIGTERM and waits.
+    ///
+    /// # Errors
+    /// If it does not end in time.
+    pub async fn stop(&mut self) -> anyhow::Result<ExitStatus> {
+        let pid = self.child.id().to_string();
+        ensure!(Command::new("kill").args(["-TERM", &pid]).status()?.success(), "kill failed");
+        self.wait().await
+    }
+
+    /// Waits until the process has ended by itself.
+    ///
+    /// # Errors
+    /// If it does not in time.
+    pub async fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "the pod does not end:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Answer {
+    /// `error.code`, or the empty string.
+    #[must_use]
+    pub fn code(&self) -> &str {
+        self.body["error"]["code"].as_str().unwrap_or_default()
+    }
+
+    /// `error.message`, or the empty string.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        self.body["error"]["message"].as_str().unwrap_or_default()
+    }
+
+    /// The rows.
+    ///
+    /// # Errors
+    /// With the whole answer, if it is an error.
+    pub fn rows(&self) -> anyhow::Result<Vec<Value>> {
+        ensure!(self.status == 200, "{}: {}", self.status, self.body);
+        Ok(self.body["results"][0]["rows"].as_array().context("no rows")?.clone())
+    }
+}
+
+/// Waits until `check` returns true.
+///
+/// # Errors
+/// If it does not within a minute.
+pub async fn eventually<F: AsyncFnMut() -> anyhow::Result<bool>>(what: &str, mut check: F) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !check().await? {
+        ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    Ok(())
+}
+
+/// All files below `folder`, as paths relative to it, sorted.
+///
+/// # Errors
+/// If the disk fails.
+pub fn files_below(folder: &Path) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        let entries = match std::fs::read_dir(&next) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error.into()),
+        };
+        for entry in entries {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.push(path.strip_prefix(folder)?.to_string_lossy().into_owned());
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}

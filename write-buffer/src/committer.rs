@@ -1,0 +1,325 @@
+//! The one thread that writes rows: drains the queue into rounds, each one `WriteBatch` and one fsync.
+//!
+//! Owns: which generation and `_seq` a row gets. Commit order = `_seq` order = the order of the queue; a freeze is an
+//! item of the same queue, so a statement lies wholly before or after it.
+//! Does not own: locks between statements, checks of values, who is told about a round ([`Options::on_applied`]).
+//!
+//! After a crash: a round was written whole or not at all, and is answered only after its fsync.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use kalamdb_model::{Generation, InstanceId};
+use rocksdb::WriteBatch;
+use tokio::sync::oneshot::Sender;
+
+use crate::buffer::{Applied, Committed, Options};
+use crate::error::CommitError;
+use crate::keys;
+use crate::row;
+use crate::state::Filling;
+use crate::store::Store;
+
+/// How long a measurement of the free space is trusted: 100 ms at 500 MB/s are 50 MB past the reserve.
+const FREE_SPACE_TRUSTED: Duration = Duration::from_millis(100);
+
+/// What the queue holds.
+pub(crate) enum Item {
+    Commit(Request),
+    Freeze { instance: InstanceId, reply: Sender<Result<Option<Generation>, CommitError>> },
+}
+
+/// One statement; its keys lack only the generation, its rows only `_seq` and `_updated`.
+pub(crate) struct Request {
+    pub(crate) instance: InstanceId,
+    pub(crate) rows: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) bytes: usize,
+    pub(crate) reply: Sender<Result<Committed, CommitError>>,
+}
+
+/// The thread's own.
+pub(crate) struct Committer {
+    pub(crate) store: Arc<Store>,
+    pub(crate) options: Options,
+    pub(crate) queue: Receiver<Item>,
+    /// Bytes of rows in the queue.
+    pub(crate) queued_bytes: Arc<AtomicUsize>,
+    pub(crate) disk: Disk,
+}
+
+impl Committer {
+    /// Works until the queue is closed and empty.
+    pub(crate) fn run(mut self) {
+        while let Ok(first) = self.queue.recv() {
+            let items = self.collect(first);
+            self.commit(items);
+        }
+    }
+
+    /// Takes what is queued, up to the limits, without waiting for more: the fsync of this round is the time in which
+    /// the next one gathers. A statement larger than the limits is a round of its own.
+    fn collect(&self, first: Item) -> Vec<Item> {
+        let (mut rows, mut bytes) = (0, 0);
+        let mut items = Vec::new();
+        let mut next = Some(first);
+        while let Some(item) = next {
+            if let Item::Commit(request) = &item {
+                rows += request.rows.len();
+                bytes += request.bytes;
+                self.queued_bytes.fetch_sub(request.bytes, Ordering::Relaxed);
+            }
+            items.push(item);
+            let full = rows >= self.options.round_ops_max || bytes >= self.options.round_bytes_max;
+            next = if full { None } else { self.queue.try_recv().ok() };
+        }
+        items
+    }
+
+    fn commit(&mut self, items: Vec<Item>) {
+        let refusal = self.disk.refusal(&self.options);
+        let mut round = Round::new(&self.store, (self.options.clock)());
+        let mut answers = Vec::with_capacity(items.len());
+        for item in items {
+            match item {
+                Item::Commit(request) => {
+                    let added = refusal.clone().map_or_else(|| round.add(&request.instance, request.rows), Err);
+                    answers.push(Answer::Commit(request.reply, added));
+                }
+                // A freeze is taken on a full disk: flushing is what frees space.
+                Item::Freeze { instance, reply } => answers.push(Answer::Freeze(reply, round.freeze(&instance))),
+            }
+        }
+        let written = round.write();
+        if let Ok(applied) = &written
+            && !applied.is_empty()
+        {
+            self.tell(applied);
+        }
+        let failure = written.err();
+        for answer in answers {
+            answer.send(failure.as_ref());
+        }
+    }
+
+    /// A panic of the listener must not end all writing.
+    fn tell(&self, applied: &[Applied]) {
+        if catch_unwind(AssertUnwindSafe(|| (self.options.on_applied)(applied))).is_err() {
+            tracing::error!("the listener to applied rounds panicked");
+        }
+    }
+}
+
+enum Answer {
+    Commit(Sender<Result<Committed, CommitError>>, Result<Committed, CommitError>),
+    Freeze(Sender<Result<Option<Generation>, CommitError>>, Result<Option<Generation>, CommitError>),
+}
+
+impl Answer {
+    /// `failure` of the whole round goes before what was meant to be answered. Nobody may be waiting any more: a
+    /// statement whose caller went away is committed all the same.
+    fn send(self, failure: Option<&CommitError>) {
+        match self {
+            Self::Commit(reply, answer) => drop(reply.send(answer.and_then(|ok| or(ok, failure)))),
+            Self::Freeze(reply, answer) => drop(reply.send(answer.and_then(|ok| or(ok, failure)))),
+        }
+    }
+}
+
+fn or<T>(ok: T, failure: Option<&CommitError>) -> Result<T, CommitError> {
+    failure.map_or(Ok(ok), |failure| Err(failure.clone()))
+}
+
+/// One round in the making. Nothing is visible to others before [`Round::write`] has succeeded.
+struct Round<'a> {
+    store: &'a Store,
+    now_us: i64,
+    batch: WriteBatch,
+    work: HashMap<InstanceId, Work>,
+    /// Bytes of the rows of this round by key, for rows that it writes twice.
+    written: HashMap<Vec<u8>, usize>,
+}
+
+/// What the round does to one instance.
+struct Work {
+    /// The active generation when the round began; those below are none of its business.
+    base: Generation,
+    /// Whether `base` held rows then: if not, no key needs to be looked up.
+    base_has_rows: bool,
+    active: Generation,
+    seq: i64,
+    /// Generations from `base` on that hold rows, ascending.
+    fillings: Vec<Filling>,
+}
+
+impl Work {
+    fn active_filling(&mut self) -> &mut Filling {
+        if self.fillings.last().is_none_or(|filling| filling.generation != self.active) {
+            self.fillings.push(Filling::new(self.active));
+        }
+        self.fillings.last_mut().expect("pushed above")
+    }
+}
+
+impl<'a> Round<'a> {
+    fn new(store: &'a Store, now_us: i64) -> Self {
+        Self { store, now_us, batch: WriteBatch::default(), work: HashMap::new(), written: HashMap::new() }
+    }
+
+    fn work(&mut self, instance: &InstanceId) -> Result<&mut Work, CommitError> {
+        if !self.work.contains_key(instance) {
+            let state = self.store.pin(instance).map_err(|source| CommitError::Read { source })?;
+            let base = state.active_filling();
+            let work = Work {
+                base: state.active,
+                base_has_rows: base.rows > 0,
+                active: state.active,
+                seq: state.used_seq,
+                fillings: if base.rows > 0 { vec![base] } else { Vec::new() },
+            };
+            self.work.insert(instance.clone(), work);
+        }
+        Ok(self.work.get_mut(instance).expect("inserted above"))
+    }
+
+    /// Adds a statement, whole or not at all.
+    fn add(&mut self, instance: &InstanceId, mut rows: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Committed, CommitError> {
+        let now_us = self.now_us;
+        let work = self.work(instance)?;
+        let first = work.seq.checked_add(1).ok_or(CommitError::Exhausted)?.max(now_us);
+        let more = i64::try_from(rows.len()).map_err(|_| CommitError::Exhausted)? - 1;
+        let last = first.checked_add(more).ok_or(CommitError::Exhausted)?;
+        let (generation, look_up) = (work.active, work.base_has_rows && work.active == work.base);
+        let offset = keys::generation_offset(instance);
+        for (index, ((key, value), seq)) in rows.iter_mut().zip(first..).enumerate() {
+            keys::stamp(key, offset, generation);
+            row::stamp(value, seq, now_us).map_err(|source| CommitError::Row { index, source })?;
+        }
+        let replaced = if look_up { self.stored_bytes(&rows)? } else { vec![None; rows.len()] };
+        // From here on nothing fails.
+        for ((key, value), stored) in rows.into_iter().zip(replaced) {
+            let bytes = key.len() + value.len();
+            self.store.put_row(&mut self.batch, &key, &value);
+            let before = self.written.insert(key, bytes).or(stored);
+            let work = self.work.get_mut(instance).expect("made above");
+            work.active_filling().add(bytes, before, now_us);
+            work.seq = last;
+        }
+        Ok(Committed { generation, first_seq: first, last_seq: last })
+    }
+
+    /// Bytes of key and value of each row that is stored already.
+    fn stored_bytes(&self, rows: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<Option<usize>>, CommitError> {
+        let stored = |(key, _): &(Vec<u8>, Vec<u8>)| {
+            let value = self.store.row_bytes(key).map_err(|source| CommitError::Read { source })?;
+            Ok(value.map(|value| value + key.len()))
+        };
+        rows.iter().map(stored).collect()
+    }
+
+    fn freeze(&mut self, instance: &InstanceId) -> Result<Option<Generation>, CommitError> {
+        let (store, work) = (self.store, self.work(instance)?);
+        // Asked now, not when the round began: a publication in between must not be handed out again.
+        let flushed = store.states.of(instance).get(instance).map_or(Generation(0), |state| state.flushed);
+        let lowest = Generation(flushed.0.checked_add(1).ok_or(CommitError::Exhausted)?);
+        if lowest < work.active {
+            return Ok(Some(lowest));
+        }
+        if work.fillings.last().is_none_or(|filling| filling.generation != work.active) {
+            return Ok(None);
+        }
+        let frozen = work.active;
+        work.active = Generation(frozen.0.checked_add(1).ok_or(CommitError::Exhausted)?);
+        let (active, seq) = (work.active, work.seq);
+        self.store.put_progress(&mut self.batch, instance, active, seq);
+        Ok(Some(frozen))
+    }
+
+    /// Writes, syncs and applies; on an error nothing is applied.
+    fn write(mut self) -> Result<Vec<Applied>, CommitError> {
+        let batch = std::mem::take(&mut self.batch);
+        if batch.is_empty() {
+            self.abandon();
+            return Ok(Vec::new());
+        }
+        if let Err(source) = self.store.write(batch) {
+            tracing::error!(error = %source, "failed to write a round of commits");
+            self.abandon();
+            return Err(CommitError::Write { source });
+        }
+        Ok(self.apply())
+    }
+
+    fn apply(self) -> Vec<Applied> {
+        let mut applied = Vec::with_capacity(self.work.len());
+        for (instance, work) in self.work {
+            self.store.unpin(&instance, |state| {
+                state.fillings.retain(|filling| filling.generation < work.base);
+                state.fillings.extend(work.fillings);
+                state.active = work.active;
+                state.last_seq = work.seq;
+                state.used_seq = work.seq;
+                let Filling { rows, bytes, oldest_us, .. } = state.active_filling();
+                applied.push(Applied { instance: instance.clone(), rows, bytes, oldest_us });
+            });
+        }
+        applied
+    }
+
+    /// Leaves everything as it was, but never gives a number twice: the rows may yet be in the log.
+    fn abandon(self) {
+        for (instance, work) in self.work {
+            self.store.unpin(&instance, |state| state.used_seq = work.seq);
+        }
+    }
+}
+
+/// Watches the free space.
+pub(crate) struct Disk {
+    directory: PathBuf,
+    measured: Option<(Instant, u64)>,
+}
+
+impl Disk {
+    pub(crate) const fn new(directory: PathBuf) -> Self {
+        Self { directory, measured: None }
+    }
+
+    /// Why no rows are taken now.
+    fn refusal(&mut self, options: &Options) -> Option<CommitError> {
+        let reserve = options.disk_reserve_bytes;
+        if reserve == 0 {
+            return None;
+        }
+        let trusted = self.measured.filter(|(at, _)| at.elapsed() < FREE_SPACE_TRUSTED);
+        let free = match trusted {
+            Some((_, free)) => free,
+            None => self.measure(options)?,
+        };
+        (free < reserve).then_some(CommitError::DiskFull { free, reserve })
+    }
+
+    /// `None`: it cannot be told, and a disk is not full because nobody can look.
+    fn measure(&mut self, options: &Options) -> Option<u64> {
+        let measured = match &options.free_space {
+            Some(measure) => measure(),
+            None => rustix::fs::statvfs(&self.directory)
+                .map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+                .map_err(Into::into),
+        };
+        match measured {
+            Ok(free) => {
+                self.measured = Some((Instant::now(), free));
+                Some(free)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell the free space of the write buffer's disk");
+                None
+            }
+        }
+    }
+}
