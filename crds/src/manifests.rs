@@ -308,23 +308,26 @@ fn parse_broken(file: &str, document: &Document<'_>, error: &SyntaxError) -> Par
     Parsed::Object(Box::new(Object { declared, file: file.to_owned(), line, problems: vec![problem], tree: None }))
 }
 
-/// Kind and name by their usual lines: `kind: X` at the margin, and `metadata: {name: x}` or `name: x` indented below.
+/// Kind and name by their usual lines: `kind: X` at the margin, and `metadata: {name: x}` or `name: x` right below
+/// `metadata:`. Anything less usual is nobody's: a label `name` must not be taken for the object's.
 fn identity(text: &str) -> Option<(Kind, String)> {
     let mut kind = None;
     let mut name = None;
+    let mut indent = None;
     let mut in_metadata = false;
-    for line in text.lines() {
-        let at_margin = line.starts_with(|c: char| c.is_ascii_alphabetic());
-        if at_margin {
-            in_metadata = line.starts_with("metadata:");
-        }
-        if let Some(value) = line.strip_prefix("kind:") {
-            kind = KINDS.into_iter().find(|known| known.as_str() == plain(value));
-        } else if in_metadata && name.is_none() {
-            name = line.split_once("name:").map(|(_, value)| plain(value)).filter(|name| is_object_name(name));
+    for line in text.lines().filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#')) {
+        let depth = line.len() - line.trim_start().len();
+        if depth == 0 {
+            in_metadata = line.trim_end() == "metadata:";
+            if let Some(value) = line.strip_prefix("kind:") {
+                kind = KINDS.into_iter().find(|known| known.as_str() == plain(value));
+            }
+            name = name.or_else(|| line.strip_prefix("metadata: {name:").map(plain));
+        } else if in_metadata && *indent.get_or_insert(depth) == depth {
+            name = name.or_else(|| line.trim_start().strip_prefix("name:").map(plain));
         }
     }
-    Some((kind?, name?))
+    Some((kind?, name.filter(|name| is_object_name(name))?))
 }
 
 fn plain(value: &str) -> String {
@@ -394,4 +397,31 @@ fn split_field(message: &str) -> (&str, &str) {
 fn line_of(tree: &Node, field: &str, document: u32) -> u32 {
     let top = field.split(['.', '[']).next().unwrap_or_default();
     if tree.get(top).is_some() { tree.line_of(field) } else { document }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_of_broken_yaml_is_found_by_its_usual_lines_only() {
+        let found = |text: &str| identity(text).map(|(kind, name)| (kind.as_str(), name));
+        let messages = Some(("UserTable", "app.messages".to_owned()));
+        assert_eq!(found("kind: UserTable\nmetadata: {name: app.messages}\nspec: ["), messages);
+        assert_eq!(
+            found("kind: UserTable # a\nmetadata:\n  name: \"app.messages\"\n  labels:\n    name: x\n"),
+            messages
+        );
+        let labels = "kind: UserTable\nmetadata:\n  labels:\n    name: x\n    a/name: y\n  name: app.messages\nspec: [";
+        assert_eq!(found(labels), messages);
+        for nobody in [
+            "kind: UserTable\nmetadata: {labels: {name: x}, name: app.messages}\nspec: [",
+            "kind: UserTable\nspec:\n  name: x\n",
+            "kind: Deployment\nmetadata: {name: x}\n",
+            "  kind: UserTable\nmetadata: {name: x}\n",
+            "kind: UserTable\nmetadata: {name: 'X y'}\n",
+        ] {
+            assert_eq!(found(nobody), None, "{nobody}");
+        }
+    }
 }

@@ -94,7 +94,9 @@ impl Document<'_> {
 fn plain_message(error: &serde_saphyr::Error) -> String {
     let text = error.to_string();
     let first = text.lines().next().unwrap_or_default();
-    let end = first.find(" at line ").or_else(|| first.find(" (line ")).unwrap_or(first.len());
+    // The last is advice for programmers about the parser's options.
+    let ends = [" at line ", " (line ", ", set "];
+    let end = ends.iter().filter_map(|end| first.find(end)).min().unwrap_or(first.len());
     first[..end].trim_start_matches("error: ").trim_end_matches([':', ',', '.']).to_owned()
 }
 

@@ -8,8 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use kalamdb_crds::manifests::{Parsed, parse};
+use kalamdb_crds::manifests::{Parsed, folder, parse};
 use kalamdb_crds::{Namespace, ReplicaNode, SharedTable, Storage, UserTable};
+use kalamdb_model::{Catalog, OnRemoval, compile};
 use kube::CustomResourceExt;
 use kube::core::cel::Validator;
 use serde_json::Value;
@@ -106,6 +107,31 @@ fn standalone_mode_accepts_and_rejects_what_the_files_say() {
             assert!(problems.is_empty(), "{}: {problems:?}", case.name);
         }
     }
+}
+
+/// What only the past forbids is `compile`'s to refuse in standalone mode.
+#[test]
+fn compiling_refuses_the_changes_of_columns_that_cel_refuses() {
+    let around = "apiVersion: kalamdb.org/v1alpha1\nkind: Namespace\nmetadata: {name: app}\n\
+                  spec: {defaultStorage: local}\n---\napiVersion: kalamdb.org/v1alpha1\nkind: Storage\n\
+                  metadata: {name: local}\nspec: {type: Filesystem, filesystem: {path: files}}\n";
+    let compiled = |previous: &Catalog, object: &Value| {
+        let text = serde_saphyr::to_string(object).expect("YAML");
+        let folder = folder(&[("around".to_owned(), around.to_owned()), ("table".to_owned(), text)]);
+        let (catalog, mut outcomes) = compile(previous, &folder.declared, OnRemoval::Retain);
+        (catalog, outcomes.pop().expect("an outcome for the table").verdict)
+    };
+    let mut count = 0;
+    for case in cases() {
+        if case.objects.len() == 2 && (case.name.contains("-column-") || case.name.contains("-key-")) {
+            let (catalog, verdict) = compiled(&Catalog::default(), &case.objects[0]);
+            assert_eq!(verdict, Ok(()), "{}", case.name);
+            let (_, verdict) = compiled(&catalog, &case.objects[1]);
+            assert_eq!(verdict.is_err(), case.is_rejected(), "{}: {verdict:?}", case.name);
+            count += 1;
+        }
+    }
+    assert!(count >= 32, "only {count} files");
 }
 
 #[test]

@@ -192,7 +192,7 @@ impl StreamWriter {
                 });
                 self.check_end().map(|()| self.next_seq)
             }
-            Err(unknown) => { self.pending = None; Err(StreamError::Unknown(unknown)) }
+            Err(unknown) => Err(StreamError::Unknown(unknown)),
         }
     }
 

@@ -70,6 +70,8 @@ pub struct Answer {
     pub status: u16,
     /// The envelope.
     pub body: Value,
+    /// The envelope as it was sent: numbers as they were written, and the order of members.
+    pub text: String,
 }
 
 impl Home {
@@ -83,6 +85,11 @@ impl Home {
         let home = Self { dir, binary: binary.into(), flags: Vec::new(), env: Vec::new() };
         home.write_manifest("all.yaml", manifests)?;
         Ok(home)
+    }
+
+    /// Starts another binary from now on.
+    pub fn set_binary(&mut self, binary: impl Into<PathBuf>) {
+        self.binary = binary.into();
     }
 
     /// Adds or replaces a manifest file.
@@ -201,11 +208,24 @@ impl Pod {
     /// As [`Pod::sql`].
     pub async fn sql_as(&self, user: &str, role: &str, sql: &str, params: Value) -> anyhow::Result<Answer> {
         let body = json!({"sql": sql, "params": params});
-        let token = self.token(user, role)?;
-        let response =
-            self.client.post(format!("{}/v1/api/sql", self.url)).bearer_auth(token).json(&body).send().await?;
+        let authorization = format!("Bearer {}", self.token(user, role)?);
+        self.send(Some(&authorization), body.to_string()).await
+    }
+
+    /// Posts `body` as it is, with `authorization` as the header of that name.
+    ///
+    /// # Errors
+    /// If there is no answer, or one that is not JSON.
+    pub async fn send(&self, authorization: Option<&str>, body: impl Into<reqwest::Body>) -> anyhow::Result<Answer> {
+        let mut request = self.client.post(format!("{}/v1/api/sql", self.url)).body(body);
+        if let Some(authorization) = authorization {
+            request = request.header("authorization", authorization);
+        }
+        let response = request.send().await?;
         let status = response.status().as_u16();
-        Ok(Answer { status, body: response.json().await? })
+        let text = response.text().await?;
+        let body = serde_json::from_str(&text).with_context(|| format!("no JSON, with status {status}: {text}"))?;
+        Ok(Answer { status, body, text })
     }
 
     /// Runs a statement as `user` and returns its rows.
@@ -302,6 +322,14 @@ impl Answer {
     #[must_use]
     pub fn message(&self) -> &str {
         self.body["error"]["message"].as_str().unwrap_or_default()
+    }
+
+    /// `results` as they were sent: all but the time that the statement took.
+    #[must_use]
+    pub fn results(&self) -> &str {
+        let end = self.text.rfind("],\"took\":").unwrap_or(self.text.len());
+        let start = self.text.find("\"results\":").unwrap_or(0);
+        &self.text[start..end]
     }
 
     /// The rows.

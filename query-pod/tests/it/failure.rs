@@ -1,0 +1,240 @@
+//! What is promised when things fail: nothing acknowledged is lost, nothing is doubled, nothing is shown by halves.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use anyhow::{Context as _, ensure};
+use kalamdb_query_pod::crash::FLUSH_POINTS;
+use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
+use serde_json::json;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_kalamdb-query-pod");
+
+async fn insert(pod: &Pod, user: &str, ids: std::ops::Range<i64>) -> anyhow::Result<()> {
+    let rows: Vec<String> = ids.clone().map(|id| format!("({id}, 'body {id} of {user}')")).collect();
+    pod.run(user, &format!("INSERT INTO app.messages (id, body) VALUES {}", rows.join(", ")), json!([])).await?;
+    Ok(())
+}
+
+/// Ids of `user`, in the order in which they came; each must be there once.
+async fn ids(pod: &Pod, user: &str) -> anyhow::Result<Vec<i64>> {
+    let rows = pod.rows(user, "SELECT id FROM app.messages ORDER BY id").await?;
+    rows.iter().map(|row| Ok(row[0].as_str().context("a BIGINT is a string")?.parse()?)).collect()
+}
+
+#[tokio::test]
+async fn a_pod_killed_between_any_two_steps_of_a_flush_loses_and_doubles_nothing() -> anyhow::Result<()> {
+    for point in FLUSH_POINTS {
+        let mut home = Home::new(BINARY, MANIFESTS)?;
+        let pod = home.start().await?;
+        insert(&pod, "alice", 0..20).await?;
+        pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        drop(pod);
+
+        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
+        let mut pod = home.start().await?;
+        insert(&pod, "alice", 20..50).await?;
+        insert(&pod, "bob", 0..10).await?;
+        let _ = pod.sql_as("root", "dba", "STORAGE FLUSH TABLE app.messages", json!([])).await;
+        let ended = pod.wait().await?;
+        ensure!(!ended.success(), "{point} was not reached");
+
+        home.env.clear();
+        let mut pod = home.start().await?;
+        let check = async |pod: &Pod, upto: i64| -> anyhow::Result<()> {
+            ensure!(ids(pod, "alice").await? == (0..upto).collect::<Vec<_>>(), "{point}: rows of alice");
+            ensure!(ids(pod, "bob").await? == (0..10).collect::<Vec<_>>(), "{point}: rows of bob");
+            Ok(())
+        };
+        check(&pod, 50).await?;
+        insert(&pod, "alice", 50..60).await?;
+        check(&pod, 60).await?;
+        pod.sql_as("root", "dba", "STORAGE FLUSH TABLE app.messages", json!([])).await?.rows()?;
+        check(&pod, 60).await?;
+        let duplicate = pod.sql("alice", "INSERT INTO app.messages (id, body) VALUES (25, 'again')", json!([])).await?;
+        ensure!(duplicate.status == 409, "{point}: {}", duplicate.body);
+        pod.kill()?;
+        let pod = home.start().await?;
+        check(&pod, 60).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn rows_written_while_generations_freeze_are_seen_once_at_every_moment() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let pod = Arc::new(home.start().await?);
+    pod.token("alice", "user")?;
+    let (acknowledged, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let writer = {
+        let (pod, acknowledged, stop) = (Arc::clone(&pod), Arc::clone(&acknowledged), Arc::clone(&stop));
+        tokio::spawn(async move {
+            for batch in 0..150 {
+                insert(&pod, "alice", batch * 5..batch * 5 + 5).await?;
+                acknowledged.store(u64::try_from(batch * 5 + 5)?, Ordering::SeqCst);
+            }
+            stop.store(true, Ordering::SeqCst);
+            anyhow::Ok(())
+        })
+    };
+    let flusher = {
+        let (pod, stop) = (Arc::clone(&pod), Arc::clone(&stop));
+        tokio::spawn(async move {
+            while !stop.load(Ordering::SeqCst) {
+                pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+            }
+            anyhow::Ok(())
+        })
+    };
+    while !stop.load(Ordering::SeqCst) && !writer.is_finished() {
+        let at_least = acknowledged.load(Ordering::SeqCst);
+        let seen = ids(&pod, "alice").await?;
+        let expected: Vec<i64> = (0..i64::try_from(seen.len())?).collect();
+        ensure!(seen == expected, "a row is missing or doubled: {seen:?}");
+        ensure!(seen.len() % 5 == 0, "a statement is seen by halves: {} rows", seen.len());
+        ensure!(seen.len() as u64 >= at_least, "{} rows after {at_least} were acknowledged", seen.len());
+    }
+    writer.await??;
+    flusher.await??;
+    ensure!(ids(&pod, "alice").await?.len() == 750);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_killed_while_many_users_write_keeps_every_acknowledged_row() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, &MANIFESTS.replace("rows: 10000", "rows: 30"))?;
+    let mut acknowledged: Vec<BTreeSet<i64>> = vec![BTreeSet::new(); 4];
+    for round in 0..3_i64 {
+        let mut pod = home.start().await?;
+        let mut writers = Vec::new();
+        for user in 0..4 {
+            let token = pod.token(&format!("user{user}"), "user")?;
+            let url = format!("{}/v1/api/sql", pod.url);
+            writers.push(tokio::spawn(async move {
+                let client = reqwest::Client::new();
+                let mut done = Vec::new();
+                for id in round * 100_000.. {
+                    let body = json!({"sql": "INSERT INTO app.messages (id, body) VALUES ($1, 'x')", "params": [id]});
+                    let sent = client.post(&url).bearer_auth(&token).json(&body).send().await;
+                    match sent {
+                        Ok(answer) if answer.status().is_success() => done.push(id),
+                        _ => break,
+                    }
+                }
+                done
+            }));
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        pod.kill()?;
+        for (user, writer) in writers.into_iter().enumerate() {
+            acknowledged[user].extend(writer.await?);
+        }
+        let pod = home.start().await?;
+        for (user, expected) in acknowledged.iter().enumerate() {
+            let seen = ids(&pod, &format!("user{user}")).await?;
+            let unique: BTreeSet<i64> = seen.iter().copied().collect();
+            ensure!(unique.len() == seen.len(), "a row of user{user} is doubled");
+            let lost: Vec<_> = expected.difference(&unique).collect();
+            ensure!(lost.is_empty(), "rows of user{user} are lost: {lost:?}");
+            // A statement that was cut off may have been written; at most the last one of each round.
+            ensure!(unique.len() - expected.len() <= usize::try_from(round)? + 1, "rows of nobody");
+        }
+        ensure!(acknowledged.iter().all(|ids| ids.len() > 30), "nothing was written, so nothing was tested");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_writes_and_keeps_what_was_acknowledged() -> anyhow::Result<()> {
+    // No file of the process may grow past 24 MiB, which is what the write buffer's log meets first.
+    let folder = tempfile::tempdir()?;
+    let limited = folder.path().join("limited");
+    std::fs::write(&limited, format!("#!/bin/bash\ntrap '' XFSZ\nulimit -f 24576\nexec '{BINARY}' \"$@\"\n"))?;
+    std::fs::set_permissions(&limited, std::fs::Permissions::from_mode(0o755))?;
+    let mut home = Home::new(limited, MANIFESTS)?;
+    home.flags = vec!["--instance-bytes-max".to_owned(), (1_u64 << 30).to_string()];
+    let mut pod = home.start().await?;
+    let big = "x".repeat(1 << 20);
+    let mut acknowledged = 0;
+    let refused = loop {
+        let sql = "INSERT INTO app.messages (id, body) VALUES ($1, $2)";
+        let answer = pod.sql("alice", sql, json!([acknowledged, big])).await?;
+        if answer.status != 200 {
+            break answer;
+        }
+        acknowledged += 1;
+        ensure!(acknowledged < 100, "the limit was never met");
+    };
+    ensure!(refused.status == 503 && refused.code() == "WRITE_FAILED", "{}", refused.body);
+    pod.kill()?;
+    drop(pod);
+
+    home.set_binary(BINARY);
+    let pod = home.start().await?;
+    let seen = ids(&pod, "alice").await?;
+    ensure!(seen.len() as u64 == acknowledged || seen.len() as u64 == acknowledged + 1, "{seen:?}");
+    ensure!(seen.iter().enumerate().all(|(index, id)| i64::try_from(index).is_ok_and(|index| index == *id)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_disk_that_is_nearly_full_takes_no_writes_and_says_so() -> anyhow::Result<()> {
+    let mut home = Home::new(BINARY, MANIFESTS)?;
+    home.flags = vec!["--disk-reserve-bytes".to_owned(), (1_u64 << 60).to_string()];
+    let pod = home.start().await?;
+    let refused = pod.sql("alice", "INSERT INTO app.messages (body) VALUES ('x')", json!([])).await?;
+    ensure!(refused.status == 503 && refused.code() == "DISK_FULL", "{}", refused.body);
+    ensure!(pod.rows("alice", "SELECT * FROM app.messages").await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_storage_that_does_not_answer_keeps_rows_buffered_until_it_does() -> anyhow::Result<()> {
+    // A file where the storage's folder should be: nothing can be written there.
+    let home = Home::new(BINARY, MANIFESTS)?;
+    std::fs::create_dir_all(home.data_dir())?;
+    std::fs::write(home.data_dir().join("files"), "in the way")?;
+    let mut pod = home.start().await?;
+    insert(&pod, "alice", 0..10).await?;
+    let refused = pod.sql("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(refused.status == 503 && refused.code() == "STORAGE_UNAVAILABLE", "{}", refused.body);
+    insert(&pod, "alice", 10..20).await?;
+    ensure!(ids(&pod, "alice").await? == (0..20).collect::<Vec<_>>());
+    pod.kill()?;
+    std::fs::remove_file(home.data_dir().join("files"))?;
+    let pod = home.start().await?;
+    eventually("the frozen rows are flushed by themselves", async || {
+        Ok(!files_below(&home.data_dir().join("files/users"))?.is_empty())
+    })
+    .await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(ids(&pod, "alice").await? == (0..20).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_file_is_an_error_and_never_fewer_rows() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let pod = home.start().await?;
+    insert(&pod, "alice", 0..10).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    insert(&pod, "alice", 10..12).await?;
+    let folder = home.data_dir().join("files/users/alice/app/messages");
+    let file = folder.join(files_below(&folder)?.first().context("a file")?);
+    let bytes = std::fs::read(&file)?;
+    for damage in [None, Some(&bytes[..bytes.len() / 2]), Some(&[0_u8; 64][..])] {
+        std::fs::remove_file(&file)?;
+        if let Some(damage) = damage {
+            std::fs::write(&file, damage)?;
+        }
+        let answer = pod.sql("alice", "SELECT id FROM app.messages", json!([])).await?;
+        ensure!(answer.status >= 500, "{}", answer.body);
+        let count = pod.sql("alice", "SELECT count(*) FROM app.messages", json!([])).await?;
+        ensure!(count.status >= 500, "{}", count.body);
+        std::fs::write(&file, &bytes)?;
+    }
+    ensure!(ids(&pod, "alice").await?.len() == 12);
+    Ok(())
+}
