@@ -11,6 +11,7 @@ use crate::defaults::DefaultExpr;
 use crate::ids::{ColumnId, TableId};
 use crate::names::{SqlName, StorageName, TableName};
 use crate::types::ColumnType;
+use crate::value::Value;
 
 /// Everything that was declared and is valid, at one version. Serialized as JSON; unknown fields are ignored, so a pod
 /// reads what a newer operator wrote.
@@ -141,8 +142,19 @@ pub struct Column {
     pub ty: ColumnType,
     /// Whether NULL is taken.
     pub nullable: bool,
-    /// Value of a row that names none; also of rows that are older than the column, where it is a literal.
+    /// Value of a new row that names none.
     pub default: Option<DefaultExpr>,
+    /// Value of rows that are older than the column: the literal default that it was added with, for ever; else NULL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial: Option<DefaultExpr>,
+}
+
+impl Column {
+    /// What a row that is older than the column shows for it.
+    #[must_use]
+    pub fn absent(&self) -> &Value {
+        self.initial.as_ref().and_then(DefaultExpr::literal).unwrap_or(&Value::Null)
+    }
 }
 
 /// Where the files of a table lie: a root of a storage and a template below it.

@@ -532,12 +532,13 @@ fn add_key(wanted: &mut Vec<Wanted>) {
     wanted.insert(0, Wanted { spec, in_key: true });
 }
 
-fn column(id: ColumnId, spec: &ColumnSpec) -> Column {
-    Column { id, name: spec.name.clone(), ty: spec.ty.clone(), nullable: spec.nullable, default: spec.default.clone() }
+fn column(id: ColumnId, spec: &ColumnSpec, initial: Option<DefaultExpr>) -> Column {
+    let (name, ty, default) = (spec.name.clone(), spec.ty.clone(), spec.default.clone());
+    Column { id, name, ty, nullable: spec.nullable, default, initial }
 }
 
 fn number(wanted: &[Wanted]) -> (Vec<Column>, u32) {
-    let columns: Vec<Column> = (1_u32..).zip(wanted).map(|(id, w)| column(ColumnId(id), &w.spec)).collect();
+    let columns: Vec<Column> = (1_u32..).zip(wanted).map(|(id, w)| column(ColumnId(id), &w.spec, None)).collect();
     let next = u32::try_from(columns.len()).expect("a table has at most 256 columns") + 1;
     (columns, next)
 }
@@ -563,7 +564,7 @@ fn evolve(old: &TableEntry, wanted: &[Wanted], adopted: bool) -> Result<(Vec<Col
     let mut columns = Vec::with_capacity(wanted.len());
     for now in wanted {
         if let Some(was) = old.columns.iter().find(|was| was.name == now.spec.name) {
-            columns.push(column(was.id, &now.spec));
+            columns.push(column(was.id, &now.spec, was.initial.clone()));
             continue;
         }
         let name = &now.spec.name;
@@ -575,11 +576,11 @@ fn evolve(old: &TableEntry, wanted: &[Wanted], adopted: bool) -> Result<(Vec<Col
         if now.in_key {
             return incompatible(format!("the primary key is fixed; `{name}` cannot join it"));
         }
-        let literal = now.spec.default.as_ref().and_then(DefaultExpr::literal).is_some();
-        if !now.spec.nullable && !literal {
+        let initial = now.spec.default.clone().filter(|default| default.literal().is_some());
+        if !now.spec.nullable && initial.is_none() {
             return incompatible(format!("the new column `{name}` must be nullable or have a literal default"));
         }
-        columns.push(column(ColumnId(next_column), &now.spec));
+        columns.push(column(ColumnId(next_column), &now.spec, initial));
         next_column += 1;
     }
     if key_of(&columns, wanted) != old.key {

@@ -173,6 +173,21 @@ fn columns_grow_and_neither_shrink_nor_change() {
 }
 
 #[test]
+fn old_rows_keep_the_default_that_a_column_was_added_with() {
+    let with_default = |text: &str| {
+        let default = Some(DefaultExpr::parse(text, &ColumnType::Int).expect("default"));
+        let columns = vec![column_spec("body", "TEXT"), ColumnSpec { default, ..column_spec("n", "INT") }];
+        with([table_of(Kind::UserTable, table_spec("t", columns))])
+    };
+    let (first, _) = run(&Catalog::default(), &with([table("t")]));
+    let (added, _) = run(&first, &with_default("1"));
+    let (changed, _) = run(&added, &with_default("2"));
+    let column = get(&changed, "app.t").and_then(|entry| entry.columns.last()).expect("added");
+    assert_eq!(column.default.as_ref().and_then(DefaultExpr::literal), Some(&crate::Value::Int(2)));
+    assert_eq!(column.absent(), &crate::Value::Int(1));
+}
+
+#[test]
 fn a_shared_table_inside_the_users_folder_is_refused() {
     let mut spec = table_spec("t2", vec![column_spec("body", "TEXT")]);
     spec.location = Some("file://./files/users/bob/app/t".to_owned());

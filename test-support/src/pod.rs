@@ -380,3 +380,15 @@ pub fn files_below(folder: &Path) -> anyhow::Result<Vec<String>> {
     found.sort();
     Ok(found)
 }
+
+/// The binary of that name beside the test that is running, where `cargo build --workspace --bins` put it.
+///
+/// # Errors
+/// If it was not built.
+pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let folder = test.parent().and_then(Path::parent).context("a test lies in target/PROFILE/deps")?;
+    let path = folder.join(name);
+    ensure!(path.is_file(), "`{}` is missing; run `cargo build --workspace --bins` first", path.display());
+    Ok(path)
+}

@@ -72,7 +72,7 @@ impl BatchBuilder {
             projected.then(|| Own {
                 builder: Builder::new(&column.ty),
                 ty: column.ty.clone(),
-                absent: row::absent(column).clone(),
+                absent: column.absent().clone(),
             })
         };
         let has = |wanted: fn(&Output) -> bool| outputs.iter().any(wanted);

@@ -18,7 +18,7 @@ const PID_WAIT: Duration = Duration::from_millis(10);
 /// Held while the directory is in use.
 #[derive(Debug)]
 pub(crate) struct DirectoryLock {
-    _file: File,
+    file: File,
 }
 
 impl DirectoryLock {
@@ -35,7 +35,15 @@ impl DirectoryLock {
         }
         file.set_len(0).map_err(failed)?;
         file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(failed)?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+impl Drop for DirectoryLock {
+    /// Closing would not do: a process that another thread is just starting has a copy of the file until its `exec`,
+    /// and the lock would last as long. If this fails, the lock ends with the file.
+    fn drop(&mut self) {
+        let _released = self.file.unlock();
     }
 }
 

@@ -220,7 +220,7 @@ impl<'a> RowView<'a> {
         cells.next()?.map(|cell| decode(cell, ty)).transpose()
     }
 
-    /// All values in the order of `table.columns`, absent ones filled as [`absent`] says.
+    /// All values in the order of `table.columns`, absent ones filled as [`Column::absent`] says.
     ///
     /// # Errors
     /// If the stored bytes do not fit the table.
@@ -231,7 +231,7 @@ impl<'a> RowView<'a> {
             let column = &table.columns[position];
             values[position] = match cells.next()? {
                 Some(cell) => decode(cell, &column.ty)?,
-                None => absent(column).clone(),
+                None => column.absent().clone(),
             };
         }
         Ok(values)
@@ -244,12 +244,6 @@ impl<'a> RowView<'a> {
     pub(crate) const fn cells(&self) -> Cells<'a> {
         self.cells
     }
-}
-
-/// What a row that is older than `column` shows for it: the literal default, else NULL.
-#[must_use]
-pub fn absent(column: &Column) -> &Value {
-    column.default.as_ref().and_then(|default| default.literal()).unwrap_or(&Value::Null)
 }
 
 /// A NULL, or the bytes of a value.

@@ -24,7 +24,7 @@ use datafusion::physical_expr_adapter::{
 };
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::physical_plan::{ExecutionPlan, PhysicalExpr};
-use kalamdb_model::{TableEntry, Value};
+use kalamdb_model::TableEntry;
 use kalamdb_table_store::manifest::FileEntry;
 use object_store::ObjectMeta;
 
@@ -170,9 +170,8 @@ struct Defaults(Arc<std::collections::HashMap<String, ScalarValue>>);
 
 impl Defaults {
     fn of(table: &TableEntry) -> Result<Self> {
-        let with_default = table.columns.iter().filter_map(|column| {
-            let value: &Value = column.default.as_ref()?.literal()?;
-            Some(params::scalar(value, &column.ty).map(|scalar| (column.name.to_string(), scalar)))
+        let with_default = table.columns.iter().filter(|column| !column.absent().is_null()).map(|column| {
+            params::scalar(column.absent(), &column.ty).map(|scalar| (column.name.to_string(), scalar))
         });
         Ok(Self(Arc::new(with_default.collect::<Result<_>>()?)))
     }

@@ -45,6 +45,7 @@ pub fn table(columns: &[(&str, &str, bool)]) -> TableEntry {
         ty: ty.parse().unwrap(),
         nullable: !key,
         default: None,
+        initial: None,
     };
     let keys = columns.iter().enumerate().filter(|(_, (_, _, key))| *key);
     TableEntry {

@@ -115,7 +115,7 @@ fn a_row_that_is_older_than_a_column_shows_the_literal_default_or_null() {
     let stored = row::encode(&old, &[Value::BigInt(1)]);
     let with_default = |id, ty: ColumnType, default: &str| {
         let default = Some(DefaultExpr::parse(default, &ty).unwrap());
-        Column { default, nullable: false, ..column(id, ty) }
+        Column { initial: default.clone(), default, nullable: false, ..column(id, ty) }
     };
     let items = array(ColumnType::Int);
     let newer = table(vec![

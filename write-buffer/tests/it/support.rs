@@ -27,7 +27,7 @@ pub fn instance(user: &str) -> InstanceId {
 
 pub fn column(id: u32, ty: ColumnType) -> Column {
     let name = SqlName::new(format!("c{id}")).expect("valid");
-    Column { id: ColumnId(id), name, ty, nullable: true, default: None }
+    Column { id: ColumnId(id), name, ty, nullable: true, default: None, initial: None }
 }
 
 pub fn table(columns: Vec<Column>) -> TableEntry {
