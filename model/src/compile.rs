@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
-    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageSpec,
+    ColumnSpec, Declared, DeletionPolicy, Durability, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageSpec,
     TableSpec,
 };
 use crate::defaults::{DefaultCall, DefaultExpr};
@@ -67,6 +67,8 @@ pub enum Reason {
     InvalidTemplate,
     /// The change would break stored rows.
     IncompatibleChange,
+    /// A promise that this version cannot keep.
+    Unsupported,
 }
 
 impl Reason {
@@ -83,6 +85,7 @@ impl Reason {
             Self::NameReserved => "NameReserved",
             Self::InvalidTemplate => "InvalidTemplate",
             Self::IncompatibleChange => "IncompatibleChange",
+            Self::Unsupported => "Unsupported",
         }
     }
 }
@@ -264,6 +267,7 @@ impl Pass<'_> {
         let namespace = self.namespace_of_object(&spec.namespace_ref)?;
         let name = TableName { namespace, table: spec.table_name.clone() };
         self.refuse_taken("table", &name, self.next.tables.get(&name).map(|entry| &entry.object))?;
+        refuse_unkept_promises(spec)?;
         self.check_replication(spec.replication.as_ref(), warnings)?;
         let kind = if object.kind == Kind::UserTable { TableKind::User } else { TableKind::Shared };
         let live = self.previous.tables.get(&name);
@@ -333,6 +337,9 @@ impl Pass<'_> {
     }
 
     fn check_replication(&self, wanted: Option<&Replication>, warnings: &mut Vec<String>) -> Result<(), Refusal> {
+        if wanted.is_some() {
+            warnings.push("spec.replication: copies are not made in this version".to_owned());
+        }
         match wanted {
             Some(Replication::Tags(tags)) => {
                 let found = self.next.nodes.values().any(|node| node.tags.iter().any(|tag| tags.contains(tag)));
@@ -470,6 +477,17 @@ fn settled(old: Option<&ObjectRef>, new: &ObjectRef) -> ObjectRef {
     match old {
         Some(old) if old.uid == new.uid && old.generation == new.generation => old.clone(),
         _ => new.clone(),
+    }
+}
+
+/// A durability that is declared and not given would cost acknowledged rows; better no table.
+fn refuse_unkept_promises(spec: &TableSpec) -> Result<(), Refusal> {
+    match spec.durability {
+        Durability::Local => Ok(()),
+        Durability::ObjectStore => refuse(
+            Reason::Unsupported,
+            "spec.durability: `objectStore` is not available in this version; `local` acknowledges after fsync on the pod's disk",
+        ),
     }
 }
 

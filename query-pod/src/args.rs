@@ -70,6 +70,9 @@ pub struct Server {
     /// Largest request body, bytes.
     #[arg(long, default_value_t = 16 << 20)]
     pub body_bytes_max: usize,
+    /// Requests at once; more are refused.
+    #[arg(long, default_value_t = 1_024)]
+    pub requests_max: usize,
     /// Seconds to finish requests and flushes after SIGTERM.
     #[arg(long, default_value_t = 20)]
     pub stop_grace_secs: u64,

@@ -66,7 +66,7 @@ pub enum SavedCatalogError {
         source: std::io::Error,
     },
     /// It is not what we wrote.
-    #[error("the saved catalog `{path}` is damaged; delete it to start from the declared objects alone")]
+    #[error("the saved catalog `{path}` is damaged; restore it from a backup: it holds the ids by which rows are found")]
     Damaged {
         /// The file.
         path: String,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::args::Server;
 use crate::auth::Tokens;
@@ -55,7 +55,14 @@ impl Parts {
 pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Result<()> {
     let Parts { metrics, engine, ready, .. } = parts;
     let sql = Sql::new(Arc::clone(&engine), server.sql.clone(), Arc::clone(&metrics))?;
-    let api = Api { sql, tokens, metrics, body_bytes_max: server.body_bytes_max, ready: ready.subscribe() };
+    let api = Api {
+        sql,
+        tokens,
+        metrics,
+        body_bytes_max: server.body_bytes_max,
+        requests: Semaphore::new(server.requests_max),
+        ready: ready.subscribe(),
+    };
     let listener =
         TcpListener::bind(server.listen).await.with_context(|| format!("failed to listen on {}", server.listen))?;
     tracing::info!(address = %listener.local_addr()?, "listening");

@@ -32,6 +32,12 @@ pub async fn run(args: &Standalone) -> anyhow::Result<()> {
     let folder = args.manifests.clone();
     anyhow::ensure!(folder.is_dir(), "the manifest folder `{}` does not exist", folder.display());
     let parts = Parts::open(&args.server)?;
+    // Rows carry the ids of their tables: given anew, they could show one table's rows as another's.
+    anyhow::ensure!(
+        parts.catalog.current().catalog.version > 0 || !parts.engine.has_rows()?,
+        "`{}` has rows and no `catalog.json`; restore that file, or start with another data folder",
+        args.server.data_dir.display()
+    );
     let tokens = Tokens::of_data_dir(&args.server.data_dir)?;
     let mut watched = Watched::new(parts.catalog.clone(), parts.secrets.clone());
     watched.look(&folder);

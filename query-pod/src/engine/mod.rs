@@ -128,6 +128,14 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether rows were ever written or flushed here: then the ids of tables mean something, and must not be given anew.
+    ///
+    /// # Errors
+    /// If the write buffer does not read.
+    pub fn has_rows(&self) -> Result<bool, kalamdb_write_buffer::ReadError> {
+        Ok(!self.buffer.dirty().is_empty() || !self.buffer.state_scan("stream/")?.is_empty())
+    }
+
     /// The instance that `owner` has of `table`.
     #[must_use]
     pub fn instance_id(table: &TableEntry, owner: &Owner) -> InstanceId {

@@ -79,8 +79,12 @@ pub enum StoragesError {
 #[derive(Clone)]
 pub struct Storages(Arc<Inner>);
 
+/// Makes the store of a root. Tests put failing ones in its place.
+pub type Open =
+    dyn Fn(&StorageRoot, Option<&Credentials>) -> Result<Arc<dyn ObjectStore>, StoreError> + Send + Sync;
+
 struct Inner {
-    data_dir: PathBuf,
+    open: Box<Open>,
     secrets: Secrets,
     opened: Mutex<HashMap<RootKey, Opened>>,
 }
@@ -95,7 +99,13 @@ impl Storages {
     /// Relative paths of file storages lie below `data_dir`.
     #[must_use]
     pub fn new(data_dir: PathBuf, secrets: Secrets) -> Self {
-        Self(Arc::new(Inner { data_dir, secrets, opened: Mutex::default() }))
+        Self::opened_by(Box::new(move |root, credentials| store::open(root, credentials, &data_dir)), secrets)
+    }
+
+    /// Stores that `open` makes.
+    #[must_use]
+    pub fn opened_by(open: Box<Open>, secrets: Secrets) -> Self {
+        Self(Arc::new(Inner { open, secrets, opened: Mutex::default() }))
     }
 
     /// The store of `key` as `snapshot` and the secrets describe it now.
@@ -120,7 +130,7 @@ impl Storages {
         {
             return Ok(Arc::clone(&known.store));
         }
-        let store = store::open(root, credentials.as_ref(), &self.0.data_dir)
+        let store = (self.0.open)(root, credentials.as_ref())
             .map_err(|error: StoreError| StoragesError::Open { storage: key.storage.clone(), message: error.to_string() })?;
         let store = kalamdb_parquet_cache::layer(store);
         opened.insert(key.clone(), Opened { root: root.clone(), credentials, store: Arc::clone(&store) });

@@ -13,7 +13,7 @@ use axum::routing::{get, post};
 use http::{HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::auth::Tokens;
 use crate::error::{ApiError, Kind};
@@ -31,6 +31,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// Largest request body, bytes.
     pub body_bytes_max: usize,
+    /// One permit per request under way.
+    pub requests: Semaphore,
     /// Whether a catalog was loaded and the pod is not stopping.
     pub ready: watch::Receiver<bool>,
 }
@@ -84,6 +86,9 @@ async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError
     })?;
     // Identity first: nothing of a request is read before it is known whose it is.
     let identity = api.tokens.identify(authorization)?;
+    let _permit = api.requests.try_acquire().map_err(|_| {
+        ApiError::new(Kind::Busy, "TOO_MANY_REQUESTS", "too many requests are under way on this pod; try again")
+    })?;
     let body = read_body(request.into_body(), api.body_bytes_max).await?;
     let statement: Statement = serde_json::from_slice(&body).map_err(|error| {
         ApiError::invalid("INVALID_REQUEST", format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"))
