@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
-    ColumnSpec, Declared, DeletionPolicy, Durability, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageSpec,
-    TableSpec,
+    ColumnSpec, Declared, DeletionPolicy, Durability, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec,
+    StorageSpec, TableSpec,
 };
 use crate::defaults::{DefaultCall, DefaultExpr};
 use crate::ids::{ColumnId, TableId};

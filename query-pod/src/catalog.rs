@@ -66,7 +66,9 @@ pub enum SavedCatalogError {
         source: std::io::Error,
     },
     /// It is not what we wrote.
-    #[error("the saved catalog `{path}` is damaged; restore it from a backup: it holds the ids by which rows are found")]
+    #[error(
+        "the saved catalog `{path}` is damaged; restore it from a backup: it holds the ids by which rows are found"
+    )]
     Damaged {
         /// The file.
         path: String,

@@ -115,8 +115,13 @@ impl CredentialsReader {
     async fn run(mut self, catalog: CatalogHandle) {
         let mut api = None;
         loop {
-            let wanted: BTreeSet<String> =
-                catalog.current().catalog.storages.values().filter_map(|entry| entry.credentials_secret.clone()).collect();
+            let wanted: BTreeSet<String> = catalog
+                .current()
+                .catalog
+                .storages
+                .values()
+                .filter_map(|entry| entry.credentials_secret.clone())
+                .collect();
             if !wanted.is_empty() {
                 if api.is_none() {
                     api = self.connect().await;

@@ -13,11 +13,5 @@ pub fn point(name: &'static str) {
 }
 
 /// All points, in the order in which a flush passes them.
-pub const FLUSH_POINTS: [&str; 6] = [
-    "flush.frozen",
-    "flush.encoded",
-    "flush.uploaded",
-    "flush.committed",
-    "flush.published",
-    "flush.reclaimed",
-];
+pub const FLUSH_POINTS: [&str; 6] =
+    ["flush.frozen", "flush.encoded", "flush.uploaded", "flush.committed", "flush.published", "flush.reclaimed"];

@@ -8,7 +8,18 @@ use kalamdb_query_pod::{cluster, standalone};
 /// Stack of a worker thread: planning recurses with the depth of a statement, which is bounded.
 const STACK_BYTES: usize = 8 << 20;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        // One line with all causes; a backtrace helps nobody who mistyped a path.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
     let cli = Cli::parse();
     // One provider for all of TLS, before the first connection: rustls panics when it has to guess.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -17,7 +28,8 @@ fn main() -> anyhow::Result<()> {
     }
     tracing_subscriber::fmt()
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
         )
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)

@@ -89,8 +89,11 @@ impl Watched {
         for problem in &folder.problems {
             tracing::error!(error = %problem, "a manifest is broken; what was good before is served on");
         }
-        let secrets: HashMap<String, Credentials> =
-            folder.secrets.iter().map(|(name, secret)| (name.clone(), Credentials::new(secret.values.clone()))).collect();
+        let secrets: HashMap<String, Credentials> = folder
+            .secrets
+            .iter()
+            .map(|(name, secret)| (name.clone(), Credentials::new(secret.values.clone())))
+            .collect();
         self.secrets.replace(secrets);
         if folder.incomplete {
             return;
@@ -130,7 +133,11 @@ fn read(folder: &Path) -> anyhow::Result<Vec<(String, String)>> {
         }
         anyhow::ensure!(files.len() < FILES_MAX, "more than {FILES_MAX} manifests in `{}`", folder.display());
         let size = path.metadata()?.len();
-        anyhow::ensure!(size <= FILE_BYTES_MAX, "`{}` has {size} bytes, at most {FILE_BYTES_MAX} are read", path.display());
+        anyhow::ensure!(
+            size <= FILE_BYTES_MAX,
+            "`{}` has {size} bytes, at most {FILE_BYTES_MAX} are read",
+            path.display()
+        );
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
         files.push((name, text));

@@ -55,7 +55,7 @@ pub enum FlushError {
     #[error("failed to resolve the place of the file")]
     Path(#[from] PathError),
     /// The store.
-    #[error("the storage of the table is not usable: {0}")]
+    #[error("the storage of the table is not usable")]
     Storage(#[from] StoragesError),
     /// The upload.
     #[error("failed to upload `{path}`")]
@@ -157,7 +157,8 @@ impl Engine {
         let name = ulid::Ulid::generate().to_string();
         let path = paths::data_file(&prefix, EPOCH, u64::from(generation.0), &name);
         let mut bytes = Vec::new();
-        let written = parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)?;
+        let written =
+            parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)?;
         let entry = FileEntry {
             path: path.to_string(),
             rows: written.rows,

@@ -68,7 +68,7 @@ pub struct Engine {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The write buffer does not open.
-    #[error("failed to open the write buffer: {0}")]
+    #[error("failed to open the write buffer")]
     Buffer(#[from] kalamdb_write_buffer::OpenError),
     /// The write buffer does not read.
     #[error("failed to read the write buffer")]

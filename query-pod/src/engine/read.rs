@@ -38,7 +38,7 @@ pub enum ReadError {
     #[error("failed to resolve the place of an instance")]
     Path(#[from] PathError),
     /// Its store.
-    #[error("the storage of the table is not usable: {0}")]
+    #[error("the storage of the table is not usable")]
     Storage(#[from] StoragesError),
     /// A file that is not the owner's. Nothing is read then.
     #[error("a file of the instance lies outside its owner's prefix")]

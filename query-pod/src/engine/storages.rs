@@ -80,8 +80,7 @@ pub enum StoragesError {
 pub struct Storages(Arc<Inner>);
 
 /// Makes the store of a root. Tests put failing ones in its place.
-pub type Open =
-    dyn Fn(&StorageRoot, Option<&Credentials>) -> Result<Arc<dyn ObjectStore>, StoreError> + Send + Sync;
+pub type Open = dyn Fn(&StorageRoot, Option<&Credentials>) -> Result<Arc<dyn ObjectStore>, StoreError> + Send + Sync;
 
 struct Inner {
     open: Box<Open>,
@@ -130,8 +129,10 @@ impl Storages {
         {
             return Ok(Arc::clone(&known.store));
         }
-        let store = (self.0.open)(root, credentials.as_ref())
-            .map_err(|error: StoreError| StoragesError::Open { storage: key.storage.clone(), message: error.to_string() })?;
+        let store = (self.0.open)(root, credentials.as_ref()).map_err(|error: StoreError| StoragesError::Open {
+            storage: key.storage.clone(),
+            message: error.to_string(),
+        })?;
         let store = kalamdb_parquet_cache::layer(store);
         opened.insert(key.clone(), Opened { root: root.clone(), credentials, store: Arc::clone(&store) });
         Ok(store)

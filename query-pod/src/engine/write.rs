@@ -46,7 +46,7 @@ pub enum WriteError {
     #[error("failed to look keys up in the buffer")]
     Buffer(#[from] kalamdb_write_buffer::ReadError),
     /// The store.
-    #[error("the storage of the table is not usable: {0}")]
+    #[error("the storage of the table is not usable")]
     Storage(#[from] StoragesError),
     /// A file does not read.
     #[error("failed to look keys up in a file")]

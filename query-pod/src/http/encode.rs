@@ -23,7 +23,10 @@ impl Answer {
     /// The answer of a statement that returns no rows.
     #[must_use]
     pub fn affected(rows: u64, message: String) -> Self {
-        Self(format!(r#"{{"schema":[],"rows":[],"row_count":{rows},"message":{}}}"#, serde_json::Value::String(message)))
+        Self(format!(
+            r#"{{"schema":[],"rows":[],"row_count":{rows},"message":{}}}"#,
+            serde_json::Value::String(message)
+        ))
     }
 
     /// The JSON.
@@ -84,8 +87,12 @@ impl Encoder {
     /// # Errors
     /// 413 when the answer grows over its limit: an answer is complete or an error.
     pub fn push(&mut self, batch: &RecordBatch) -> Result<(), ApiError> {
-        let columns: Vec<ArrayRef> =
-            self.columns.iter().zip(batch.columns()).map(|(output, array)| output.convert(array)).collect::<Result<_, _>>()?;
+        let columns: Vec<ArrayRef> = self
+            .columns
+            .iter()
+            .zip(batch.columns())
+            .map(|(output, array)| output.convert(array))
+            .collect::<Result<_, _>>()?;
         for row in 0..batch.num_rows() {
             self.rows.push_str(if self.count == 0 { "[" } else { ",[" });
             for (index, (array, output)) in columns.iter().zip(&self.columns).enumerate() {
@@ -107,7 +114,10 @@ impl Encoder {
     /// The answer.
     #[must_use]
     pub fn finish(self) -> Answer {
-        Answer(format!(r#"{{"schema":{},"rows":[{}],"row_count":{},"message":null}}"#, self.schema, self.rows, self.count))
+        Answer(format!(
+            r#"{{"schema":{},"rows":[{}],"row_count":{},"message":null}}"#,
+            self.schema, self.rows, self.count
+        ))
     }
 }
 
@@ -162,7 +172,11 @@ fn nearest(ty: &DataType) -> Option<DataType> {
         DataType::Time32(_) | DataType::Time64(_) => DataType::Time64(TimeUnit::Microsecond),
         DataType::Dictionary(_, value) => nearest(value).unwrap_or_else(|| value.as_ref().clone()),
         DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
-            let inner = if ColumnType::of_arrow(item).is_some() { item.data_type().clone() } else { nearest(item.data_type())? };
+            let inner = if ColumnType::of_arrow(item).is_some() {
+                item.data_type().clone()
+            } else {
+                nearest(item.data_type())?
+            };
             DataType::List(Arc::new(Field::new("item", inner, true).with_metadata(item.metadata().clone())))
         }
         _ => return None,
@@ -208,7 +222,9 @@ fn write_value(out: &mut String, array: &ArrayRef, row: usize, ty: &ColumnType) 
         ColumnType::Double => write_float(out, array.as_primitive::<Float64Type>().value(row), || {
             format!("{:?}", array.as_primitive::<Float64Type>().value(row))
         }),
-        ColumnType::Decimal { .. } => write!(out, "\"{}\"", array.as_primitive::<Decimal128Type>().value_as_string(row)),
+        ColumnType::Decimal { .. } => {
+            write!(out, "\"{}\"", array.as_primitive::<Decimal128Type>().value_as_string(row))
+        }
         ColumnType::Text | ColumnType::Uuid => write_text(out, array.as_string::<i32>().value(row)),
         ColumnType::Json => write_json(out, array.as_string::<i32>().value(row)),
         ColumnType::Bytes => {
@@ -298,7 +314,8 @@ mod tests {
     #[test]
     fn an_answer_over_its_limit_is_an_error() {
         let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)]));
-        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(Int64Array::from(vec![1; 100]))]).expect("batch");
+        let batch =
+            RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(Int64Array::from(vec![1; 100]))]).expect("batch");
         let mut encoder = Encoder::new(&schema, 50).expect("encoder");
         assert_eq!(encoder.push(&batch).expect_err("too large").code, "ANSWER_TOO_LARGE");
     }

@@ -91,7 +91,10 @@ async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError
     })?;
     let body = read_body(request.into_body(), api.body_bytes_max).await?;
     let statement: Statement = serde_json::from_slice(&body).map_err(|error| {
-        ApiError::invalid("INVALID_REQUEST", format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"))
+        ApiError::invalid(
+            "INVALID_REQUEST",
+            format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"),
+        )
     })?;
     // Its own task: a client that hangs up does not cancel a write half way between the buffer and its answer.
     let api = Arc::clone(api);
@@ -131,12 +134,12 @@ fn answer(outcome: Result<Answer, ApiError>, took: Option<Duration>) -> Response
     // Milliseconds, to the microsecond.
     let took = took.map_or(0.0, |took| f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1_000.0);
     let (status, body) = match &outcome {
-        Ok(answer) => {
-            (StatusCode::OK, format!(r#"{{"status":"success","results":[{}],"took":{took:?},"error":null}}"#, answer.as_str()))
-        }
+        Ok(answer) => (
+            StatusCode::OK,
+            format!(r#"{{"status":"success","results":[{}],"took":{took:?},"error":null}}"#, answer.as_str()),
+        ),
         Err(error) => {
-            let described =
-                serde_json::json!({"code": error.code, "message": error.message, "details": error.details});
+            let described = serde_json::json!({"code": error.code, "message": error.message, "details": error.details});
             (error.kind.status(), format!(r#"{{"status":"error","results":[],"took":{took:?},"error":{described}}}"#))
         }
     };
@@ -161,5 +164,6 @@ async fn readyz(State(api): State<Arc<Api>>) -> Response {
 }
 
 async fn metrics(State(api): State<Arc<Api>>) -> Response {
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], api.metrics.text()).into_response()
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], api.metrics.text())
+        .into_response()
 }

@@ -23,7 +23,10 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         WriteError::Storage(error) => of_storage(&error),
         error @ WriteError::File(_) => {
             tracing::warn!(error = %crate::error::Chain(&error), "a write could not look its keys up");
-            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; nothing was written")
+            ApiError::unavailable(
+                "STORAGE_UNAVAILABLE",
+                "the storage of the table does not answer; nothing was written",
+            )
         }
         error @ (WriteError::Instance(_) | WriteError::Buffer(_)) => ApiError::internal(&error),
     }
@@ -48,11 +51,9 @@ fn of_commit(error: CommitError) -> ApiError {
 pub(super) fn of_read(error: &ReadError) -> ApiError {
     match error {
         ReadError::Storage(error) => of_storage(error),
-        ReadError::Instance(_)
-        | ReadError::Buffer(_)
-        | ReadError::Row(_)
-        | ReadError::Path(_)
-        | ReadError::Foreign => ApiError::internal(error),
+        ReadError::Instance(_) | ReadError::Buffer(_) | ReadError::Row(_) | ReadError::Path(_) | ReadError::Foreign => {
+            ApiError::internal(error)
+        }
     }
 }
 
@@ -79,9 +80,12 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
 fn of_storage(error: &StoragesError) -> ApiError {
     tracing::warn!(error = %error, "a storage is not usable");
     match error {
-        StoragesError::Unknown(_) => ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table is not known"),
-        StoragesError::CredentialsMissing { .. } | StoragesError::Open { .. } => {
-            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table is not usable; see its Storage object")
+        StoragesError::Unknown(_) => {
+            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table is not known")
         }
+        StoragesError::CredentialsMissing { .. } | StoragesError::Open { .. } => ApiError::unavailable(
+            "STORAGE_UNAVAILABLE",
+            "the storage of the table is not usable; see its Storage object",
+        ),
     }
 }

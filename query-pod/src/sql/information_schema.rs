@@ -72,7 +72,8 @@ fn tables(visible: &Visible) -> Result<RecordBatch> {
 
 fn columns(visible: &Visible) -> Result<RecordBatch> {
     let tables = readable(visible);
-    let all: Vec<_> = tables.iter().flat_map(|table| (1_i64..).zip(&table.columns).map(move |(at, c)| (*table, at, c))).collect();
+    let all: Vec<_> =
+        tables.iter().flat_map(|table| (1_i64..).zip(&table.columns).map(move |(at, c)| (*table, at, c))).collect();
     let types: Vec<String> = all.iter().map(|(_, _, column)| column.ty.to_string()).collect();
     let defaults = all.iter().map(|(_, _, column)| column.default.as_ref().map(ToString::to_string));
     let in_key = all.iter().map(|(table, _, column)| Some(table.key.contains(&column.id)));
@@ -81,7 +82,11 @@ fn columns(visible: &Visible) -> Result<RecordBatch> {
         ("table_schema", text(all.iter().map(|(table, ..)| table.name.namespace.as_str())), false),
         ("table_name", text(all.iter().map(|(table, ..)| table.name.table.as_str())), false),
         ("column_name", text(all.iter().map(|(_, _, column)| column.name.as_str())), false),
-        ("ordinal_position", Arc::new(Int64Array::from_iter_values(all.iter().map(|(_, at, _)| *at))) as ArrayRef, false),
+        (
+            "ordinal_position",
+            Arc::new(Int64Array::from_iter_values(all.iter().map(|(_, at, _)| *at))) as ArrayRef,
+            false,
+        ),
         ("column_default", Arc::new(defaults.collect::<StringArray>()) as ArrayRef, true),
         ("is_nullable", text(all.iter().map(|(_, _, column)| if column.nullable { "YES" } else { "NO" })), false),
         ("data_type", text(types.iter().map(String::as_str)), false),

@@ -74,7 +74,10 @@ fn targets(table: &TableEntry, columns: &[String]) -> Result<Vec<usize>, ApiErro
     let mut targets = Vec::with_capacity(columns.len());
     for name in columns {
         if SYSTEM_COLUMNS.contains(&name.as_str()) {
-            return Err(ApiError::invalid("READ_ONLY_COLUMN", format!("`{name}` is a system column and cannot be written")));
+            return Err(ApiError::invalid(
+                "READ_ONLY_COLUMN",
+                format!("`{name}` is a system column and cannot be written"),
+            ));
         }
         let position = table.position(name).ok_or_else(|| no_column(table, name))?;
         if targets.contains(&position) {
@@ -173,17 +176,12 @@ impl Evaluate<'_> {
     }
 
     /// `None` for DEFAULT.
-    fn value(
-        &self,
-        expr: &Expr,
-        column: &Column,
-        number: usize,
-        used: &mut [bool],
-    ) -> Result<Option<Value>, ApiError> {
+    fn value(&self, expr: &Expr, column: &Column, number: usize, used: &mut [bool]) -> Result<Option<Value>, ApiError> {
         let misfit = |message: String| {
             ApiError::invalid("INVALID_VALUE", format!("row {number}, column `{}`: {message}", column.name))
         };
-        let of_text = |text: &str| Value::from_text(text, &column.ty).map(Some).map_err(|error| misfit(error.to_string()));
+        let of_text =
+            |text: &str| Value::from_text(text, &column.ty).map(Some).map_err(|error| misfit(error.to_string()));
         match expr {
             Expr::Identifier(ident) if ident.quote_style.is_none() && ident.value.eq_ignore_ascii_case("default") => {
                 Ok(None)
@@ -228,9 +226,11 @@ impl Evaluate<'_> {
             .filter(|number| *number >= 1)
             .ok_or_else(|| invalid(format!("`{name}` is no parameter; use $1, $2, …")))?;
         let sent = self.request.params.len();
-        let raw = self.request.params.get(number - 1).ok_or_else(|| {
-            invalid(format!("the statement uses ${number}, and {sent} parameter(s) were sent"))
-        })?;
+        let raw = self
+            .request
+            .params
+            .get(number - 1)
+            .ok_or_else(|| invalid(format!("the statement uses ${number}, and {sent} parameter(s) were sent")))?;
         used[number - 1] = true;
         Ok(raw)
     }

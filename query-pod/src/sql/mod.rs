@@ -133,11 +133,17 @@ impl Sql {
         let too_large = |code, message: String| Err(ApiError::new(Kind::TooLarge, code, message));
         let (bytes, limit) = (request.sql.len(), self.limits.statement_bytes_max);
         if bytes > limit {
-            return too_large("STATEMENT_TOO_LARGE", format!("the statement has {bytes} bytes, at most {limit} are taken"));
+            return too_large(
+                "STATEMENT_TOO_LARGE",
+                format!("the statement has {bytes} bytes, at most {limit} are taken"),
+            );
         }
         let (count, limit) = (request.params.len(), self.limits.params_max);
         if count > limit {
-            return too_large("TOO_MANY_PARAMETERS", format!("{count} parameters were sent, at most {limit} are taken"));
+            return too_large(
+                "TOO_MANY_PARAMETERS",
+                format!("{count} parameters were sent, at most {limit} are taken"),
+            );
         }
         Ok(())
     }

@@ -68,9 +68,9 @@ impl TableRef {
         match (self.0.as_slice(), namespace) {
             ([namespace, table], _) => Ok(TableName { namespace: name(namespace)?, table: name(table)? }),
             ([table], Some(namespace)) => Ok(TableName { namespace: name(namespace)?, table: name(table)? }),
-            ([table], None) => Err(invalid(format!(
-                "`{table}` has no namespace; write `namespace.{table}` or send `namespace_id`"
-            ))),
+            ([table], None) => {
+                Err(invalid(format!("`{table}` has no namespace; write `namespace.{table}` or send `namespace_id`")))
+            }
             _ => Err(invalid(format!("`{}` is not `namespace.table`", self.0.join(".")))),
         }
     }
@@ -136,7 +136,8 @@ fn check_chains(tokens: &[TokenWithSpan]) -> Result<(), ApiError> {
                 if let Some(level) = levels.last_mut() {
                     *level += 1;
                     if *level > CHAIN_MAX {
-                        let message = format!("more than {CHAIN_MAX} operators in a row at {}; use IN or split it", span.start);
+                        let message =
+                            format!("more than {CHAIN_MAX} operators in a row at {}; use IN or split it", span.start);
                         return Err(ApiError::invalid("STATEMENT_TOO_DEEP", message));
                     }
                 }
@@ -175,7 +176,8 @@ fn shorten(message: &str) -> String {
 /// `STORAGE FLUSH TABLE name`, which the SQL parser does not know.
 fn storage_flush(parser: &mut Parser<'_>) -> Result<Option<TableRef>, ApiError> {
     let word = |parser: &mut Parser<'_>, wanted: &str| {
-        let matches = matches!(&parser.peek_token().token, Token::Word(word) if word.value.eq_ignore_ascii_case(wanted));
+        let matches =
+            matches!(&parser.peek_token().token, Token::Word(word) if word.value.eq_ignore_ascii_case(wanted));
         if matches {
             parser.advance_token();
         }
@@ -289,7 +291,11 @@ impl Visitor for Check {
             } else {
                 ControlFlow::Break(ApiError::invalid(
                     "UNSUPPORTED_FUNCTION",
-                    format!("the table function `{}` is not supported; use {}", shorten(&name), TABLE_FUNCTIONS.join(", ")),
+                    format!(
+                        "the table function `{}` is not supported; use {}",
+                        shorten(&name),
+                        TABLE_FUNCTIONS.join(", ")
+                    ),
                 ))
             }
         };
@@ -373,7 +379,11 @@ fn insert_values(insert: ast::Insert) -> Result<Statement, ApiError> {
     }
     let TableObject::TableName(name) = &insert.table else { return refuse("INSERT into a function or query") };
     let table = table_ref(name)?;
-    let columns = insert.columns.iter().map(|name| table_ref(name).map(|TableRef(parts)| parts.join("."))).collect::<Result<_, _>>()?;
+    let columns = insert
+        .columns
+        .iter()
+        .map(|name| table_ref(name).map(|TableRef(parts)| parts.join(".")))
+        .collect::<Result<_, _>>()?;
     let Some(source) = insert.source else { return refuse("INSERT … DEFAULT VALUES") };
     let Query { with: None, body, order_by: None, limit_clause: None, fetch: None, locks, .. } = *source else {
         return refuse("INSERT of a query");
@@ -469,7 +479,9 @@ mod tests {
 
     #[test]
     fn flush_takes_a_table() {
-        assert!(matches!(parse("storage flush table App.messages;"), Ok(Statement::Flush(table)) if table.0 == ["app", "messages"]));
+        assert!(
+            matches!(parse("storage flush table App.messages;"), Ok(Statement::Flush(table)) if table.0 == ["app", "messages"])
+        );
         assert_eq!(code("STORAGE FLUSH messages"), Some("SYNTAX_ERROR"));
     }
 

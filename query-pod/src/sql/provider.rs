@@ -103,7 +103,8 @@ impl InstanceTable {
 }
 
 fn partitioned(file: &FileEntry) -> Result<PartitionedFile> {
-    let location = object_store::path::Path::parse(&file.path).map_err(|error| DataFusionError::External(Box::new(error)))?;
+    let location =
+        object_store::path::Path::parse(&file.path).map_err(|error| DataFusionError::External(Box::new(error)))?;
     let last_modified = chrono::DateTime::from_timestamp_micros(file.created_us).unwrap_or_default();
     Ok(PartitionedFile::new_from_meta(ObjectMeta {
         location,
@@ -135,9 +136,10 @@ impl TableProvider for InstanceTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        let identity = state.config().get_extension::<Identity>().ok_or_else(|| {
-            DataFusionError::Internal("a scan without an identity was refused".to_owned())
-        })?;
+        let identity = state
+            .config()
+            .get_extension::<Identity>()
+            .ok_or_else(|| DataFusionError::Internal("a scan without an identity was refused".to_owned()))?;
         let owner = owner_for(&self.table, &identity, false).map_err(external)?;
         // With filters all columns are decoded, for the filters to see; without, only those that are asked for.
         let every: Vec<usize> = (0..self.schema.fields().len()).collect();
@@ -170,9 +172,10 @@ struct Defaults(Arc<std::collections::HashMap<String, ScalarValue>>);
 
 impl Defaults {
     fn of(table: &TableEntry) -> Result<Self> {
-        let with_default = table.columns.iter().filter(|column| !column.absent().is_null()).map(|column| {
-            params::scalar(column.absent(), &column.ty).map(|scalar| (column.name.to_string(), scalar))
-        });
+        let with_default =
+            table.columns.iter().filter(|column| !column.absent().is_null()).map(|column| {
+                params::scalar(column.absent(), &column.ty).map(|scalar| (column.name.to_string(), scalar))
+            });
         Ok(Self(Arc::new(with_default.collect::<Result<_>>()?)))
     }
 }

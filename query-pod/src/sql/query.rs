@@ -55,10 +55,8 @@ impl Sql {
             wildcard::expand(&mut statement, snapshot, request.namespace)?;
         }
         let explain = |error| of_datafusion(error, snapshot, &self.limits);
-        let state = self
-            .sessions
-            .open(request.identity, snapshot, request.namespace, names_system_columns)
-            .map_err(explain)?;
+        let state =
+            self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns).map_err(explain)?;
         let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
         refuse_writes(&plan)?;
         let plan = bind(plan, request)?;
@@ -80,9 +78,12 @@ fn context(state: &SessionState) -> Arc<datafusion::execution::TaskContext> {
 /// run.
 fn refuse_writes(plan: &LogicalPlan) -> Result<(), ApiError> {
     use datafusion::execution::context::SQLOptions;
-    SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false).verify_plan(plan).map_err(
-        |_| ApiError::invalid("UNSUPPORTED_STATEMENT", "only queries are run; nothing was changed"),
-    )
+    SQLOptions::new()
+        .with_allow_ddl(false)
+        .with_allow_dml(false)
+        .with_allow_statements(false)
+        .verify_plan(plan)
+        .map_err(|_| ApiError::invalid("UNSUPPORTED_STATEMENT", "only queries are run; nothing was changed"))
 }
 
 fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiError> {

@@ -120,7 +120,11 @@ impl Expand<'_> {
             .0
             .iter()
             .filter_map(ObjectNamePart::as_ident)
-            .map(|ident| if ident.quote_style.is_some() { ident.value.clone() } else { ident.value.to_ascii_lowercase() })
+            .map(
+                |ident| {
+                    if ident.quote_style.is_some() { ident.value.clone() } else { ident.value.to_ascii_lowercase() }
+                },
+            )
             .collect();
         let (namespace, table) = match parts.as_slice() {
             [table] if self.with.iter().flatten().any(|with| with == table) => return None,
@@ -159,8 +163,15 @@ fn write_out(source: &Source<'_>, out: &mut Vec<SelectItem>) {
 }
 
 fn plain(options: &WildcardAdditionalOptions) -> Result<(), ApiError> {
-    let WildcardAdditionalOptions { wildcard_token: _, opt_ilike, opt_exclude, opt_except, opt_replace, opt_rename, opt_alias } =
-        options;
+    let WildcardAdditionalOptions {
+        wildcard_token: _,
+        opt_ilike,
+        opt_exclude,
+        opt_except,
+        opt_replace,
+        opt_rename,
+        opt_alias,
+    } = options;
     let none = opt_ilike.is_none()
         && opt_exclude.is_none()
         && opt_except.is_none()
