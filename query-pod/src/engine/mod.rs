@@ -17,6 +17,7 @@ mod write;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kalamdb_model::{InstanceId, Owner, TableEntry};
@@ -60,6 +61,8 @@ pub struct Engine {
     schedule: Arc<schedule::Schedule>,
     limits: EngineLimits,
     metrics: Arc<Metrics>,
+    /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
+    broken: AtomicBool,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -111,6 +114,7 @@ impl Engine {
             schedule,
             limits,
             metrics,
+            broken: AtomicBool::new(false),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -158,6 +162,12 @@ impl Engine {
     #[must_use]
     pub fn is_fenced(&self) -> bool {
         self.shippers.is_fenced()
+    }
+
+    /// Whether the disk has failed a write. Reads go on; the process has to be started again for writes.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
     }
 
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kalamdb_model::{InstanceId, Owner, TableEntry};
 use kalamdb_table_store::parquet_read;
@@ -77,7 +78,12 @@ impl Engine {
             _exclusive = instance.writes.write().await;
         }
         self.refuse_existing(table, &instance, &rows).await?;
-        self.buffer.commit(id, rows.into_iter().map(|row| row.encoded).collect()).await?;
+        let rows = rows.into_iter().map(|row| row.encoded).collect();
+        self.buffer.commit(id, rows).await.inspect_err(|error| {
+            if matches!(error, CommitError::Write { .. }) {
+                self.broken.store(true, Ordering::Release);
+            }
+        })?;
         self.metrics.rows_written.inc_by(count);
         Ok(count)
     }

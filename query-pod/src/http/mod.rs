@@ -44,7 +44,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 pub fn router(api: Arc<Api>) -> Router {
     Router::new()
         .route("/v1/api/sql", post(sql))
-        .route("/livez", get(|| async { "ok\n" }))
+        .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .fallback(|| async {
@@ -153,9 +153,20 @@ fn answer(outcome: Result<Answer, ApiError>, took: Option<Duration>) -> Response
     response
 }
 
+/// Fails when only a restart helps.
+async fn livez(State(api): State<Arc<Api>>) -> Response {
+    if api.sql.engine().is_broken() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the disk failed a write; restart\n").into_response();
+    }
+    "ok\n".into_response()
+}
+
 async fn readyz(State(api): State<Arc<Api>>) -> Response {
     if !*api.ready.borrow() {
         return (StatusCode::SERVICE_UNAVAILABLE, "no catalog yet, or stopping\n").into_response();
+    }
+    if api.sql.engine().is_broken() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the disk failed a write; restart\n").into_response();
     }
     if api.sql.engine().is_fenced() {
         return (StatusCode::SERVICE_UNAVAILABLE, "another process owns the data\n").into_response();

@@ -168,6 +168,8 @@ async fn a_full_disk_refuses_writes_and_keeps_what_was_acknowledged() -> anyhow:
         ensure!(acknowledged < 100, "the limit was never met");
     };
     ensure!(refused.status == 503 && refused.code() == "WRITE_FAILED", "{}", refused.body);
+    ensure!(pod.get("/livez").await?.0 == 503, "only a restart helps, and Kubernetes must learn it");
+    ensure!(ids(&pod, "alice").await?.len() as u64 == acknowledged, "reads go on");
     pod.kill()?;
     drop(pod);
 
