@@ -46,9 +46,20 @@ async fn the_public_client_writes_and_reads_every_type_by_name() -> anyhow::Resu
     let (_home, pod) = start().await?;
     let client = client(&pod, "alice")?;
     let params = vec![
-        json!(i64::MAX), json!(true), json!(-5), json!(7), json!(1.5), json!(0.1), json!("123456789012.3456"),
-        json!("grüße 🙂"), json!("AQID"), json!({"a": [1, null]}), json!("2026-01-02T03:04:05.000006Z"),
-        json!("2026-01-02"), json!("03:04:05"), json!("67e55044-10b1-426f-9247-bb680e5fe0c8"),
+        json!(i64::MAX),
+        json!(true),
+        json!(-5),
+        json!(7),
+        json!(1.5),
+        json!(0.1),
+        json!("123456789012.3456"),
+        json!("grüße 🙂"),
+        json!("AQID"),
+        json!({"a": [1, null]}),
+        json!("2026-01-02T03:04:05.000006Z"),
+        json!("2026-01-02"),
+        json!("03:04:05"),
+        json!("67e55044-10b1-426f-9247-bb680e5fe0c8"),
     ];
     let params: Vec<QueryParam> = params.into_iter().map(QueryParam::from).collect();
     let marks: Vec<String> = (1..=params.len()).map(|number| format!("${number}")).collect();
@@ -59,7 +70,14 @@ async fn the_public_client_writes_and_reads_every_type_by_name() -> anyhow::Resu
         if flushed {
             client.execute_query("STORAGE FLUSH TABLE app.every_type", None, None, None).await?;
         }
-        let answer = client.execute_query("SELECT * FROM app.every_type WHERE id = $1", None, Some(vec![QueryParam::from(i64::MAX)]), None).await?;
+        let answer = client
+            .execute_query(
+                "SELECT * FROM app.every_type WHERE id = $1",
+                None,
+                Some(vec![QueryParam::from(i64::MAX)]),
+                None,
+            )
+            .await?;
         let row = answer.first_row_as_map().context("a row")?;
         let cell = |name: &str| row.get(name).with_context(|| format!("no column `{name}`"));
         ensure!(answer.get_i64("id") == Some(i64::MAX));
@@ -109,7 +127,13 @@ async fn the_public_client_sees_only_its_users_rows() -> anyhow::Result<()> {
     let (_home, pod) = start().await?;
     for user in ["alice", "bob"] {
         let own = client(&pod, user)?;
-        own.execute_query("INSERT INTO app.messages (body) VALUES ($1)", None, Some(vec![QueryParam::from(user)]), None).await?;
+        own.execute_query(
+            "INSERT INTO app.messages (body) VALUES ($1)",
+            None,
+            Some(vec![QueryParam::from(user)]),
+            None,
+        )
+        .await?;
         let answer = own.execute_query("SELECT body FROM messages", None, None, Some("app")).await?;
         ensure!(answer.rows().len() == 1 && answer.get_string("body").as_deref() == Some(user), "{answer:?}");
     }

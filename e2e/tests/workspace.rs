@@ -1,5 +1,5 @@
 //! What DESIGN says of the workspace, held by the build's own metadata.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -71,7 +71,8 @@ fn the_light_crates_build_without_datafusion() {
                 }
             }
         }
-        let datafusion: Vec<_> = reached.iter().map(|id| names[*id]).filter(|name| name.starts_with("datafusion")).collect();
+        let datafusion: Vec<_> =
+            reached.iter().map(|id| names[*id]).filter(|name| name.starts_with("datafusion")).collect();
         assert!(datafusion.is_empty(), "`{}` builds {datafusion:?}", package.name);
     }
 }
@@ -80,8 +81,12 @@ fn the_light_crates_build_without_datafusion() {
 fn there_is_one_arrow_one_parquet_and_one_object_store() {
     let metadata = metadata();
     for name in ["arrow", "arrow-array", "arrow-schema", "parquet", "object_store", "datafusion"] {
-        let versions: Vec<_> =
-            metadata.packages.iter().filter(|package| package.name.as_str() == name).map(|package| &package.version).collect();
+        let versions: Vec<_> = metadata
+            .packages
+            .iter()
+            .filter(|package| package.name.as_str() == name)
+            .map(|package| &package.version)
+            .collect();
         assert_eq!(versions.len(), 1, "`{name}` is there as {versions:?}");
     }
 }

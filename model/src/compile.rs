@@ -268,6 +268,9 @@ impl Pass<'_> {
         let name = TableName { namespace, table: spec.table_name.clone() };
         self.refuse_taken("table", &name, self.next.tables.get(&name).map(|entry| &entry.object))?;
         refuse_unkept_promises(spec)?;
+        if spec.use_user_storage {
+            warnings.push("spec.useUserStorage: users have no storages of their own in this version".to_owned());
+        }
         self.check_replication(spec.replication.as_ref(), warnings)?;
         let kind = if object.kind == Kind::UserTable { TableKind::User } else { TableKind::Shared };
         let live = self.previous.tables.get(&name);

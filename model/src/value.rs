@@ -275,7 +275,7 @@ fn timestamp(text: &str, ty: &ColumnType) -> Result<i64, ValueError> {
 
 /// Refuses nanoseconds rather than cut them, and leap seconds, which Arrow cannot hold.
 fn exact_micros(micros: i64, nanos: u32, ty: &ColumnType, text: &str) -> Result<i64, ValueError> {
-    if nanos % 1_000 == 0 && nanos < 1_000_000_000 { Ok(micros) } else { Err(ValueError::range(ty, text)) }
+    if nanos.is_multiple_of(1_000) && nanos < 1_000_000_000 { Ok(micros) } else { Err(ValueError::range(ty, text)) }
 }
 
 fn days(day: NaiveDate) -> i32 {

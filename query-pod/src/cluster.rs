@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Secret;
 use kalamdb_table_store::catalog_log::CatalogLog;
+use kalamdb_table_store::owners::{self, ClaimError};
 use kalamdb_table_store::store::{self, Credentials};
 use kube::Api;
 use object_store::ObjectStore;
@@ -36,6 +37,7 @@ pub async fn run(args: &Serve) -> anyhow::Result<()> {
     let tokens = Tokens::new(args.jwt_secret.as_bytes()).context("KALAMDB_JWT_SECRET")?;
     let home = store::open_home(&args.home_url, |name| std::env::var(name).ok()).context("KALAMDB_HOME_URL")?;
     let parts = Parts::open(&args.server)?;
+    own(home.as_ref(), &parts).await?;
     let saved = args.server.data_dir.join("secrets.json");
     let credentials = CredentialsReader::open(saved, parts.secrets.clone(), args.kube_namespace.clone());
     let tailing = tokio::spawn(tail(home, parts.catalog.clone(), parts.ready.clone(), Arc::clone(&parts.metrics)));
@@ -44,6 +46,27 @@ pub async fn run(args: &Serve) -> anyhow::Result<()> {
     tailing.abort();
     reading.abort();
     served
+}
+
+/// Makes sure that this volume is the one that serves the instance. A volume that knows itself to be does not need the
+/// home store for it; a new one waits until the store answers.
+async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
+    if parts.engine.is_owner()? {
+        return Ok(());
+    }
+    let volume = parts.engine.volume()?;
+    let pod = std::env::var("POD_NAME").unwrap_or_else(|_| "unnamed".to_owned());
+    loop {
+        match owners::claim(home, &volume, &pod).await {
+            Ok(()) => break,
+            Err(error @ ClaimError::Unknown(_)) => {
+                tracing::warn!(error = %Chain(&error), "the home store does not answer; waiting to claim the instance");
+                tokio::time::sleep(BACKOFF).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(parts.engine.set_owner()?)
 }
 
 /// Follows the catalog log. The pod is ready with the saved catalog, or once the log was read.

@@ -15,6 +15,7 @@ pub mod create;
 pub mod filesystem;
 pub mod key_columns;
 pub mod manifest;
+pub mod owners;
 pub mod parquet_file;
 pub mod parquet_read;
 pub mod paths;

@@ -174,6 +174,12 @@ pub fn catalog_snapshot_version(path: &Path) -> Option<u64> {
     number(path, SNAPSHOT).filter(|version| catalog_snapshot(*version) == *path)
 }
 
+/// Entry `number` of the ownership log, in the home store: which volume serves the instance.
+#[must_use]
+pub fn owners_entry(number: u64) -> Path {
+    child(&Path::from_iter(["_cluster", "owners"]), &format!("{number:020}.json"))
+}
+
 /// Entry `version` of the log of users.
 #[must_use]
 pub fn users_entry(version: u64) -> Path {

@@ -31,7 +31,12 @@ pub fn root() -> PathBuf {
 /// Runs kubectl in the instance's namespace.
 pub fn kubectl(args: &[&str], input: Option<&str>) -> anyhow::Result<Output> {
     let mut command = Command::new(env("KALAMDB_KUBECTL")?);
-    command.args(["--namespace", NAMESPACE]).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["--namespace", NAMESPACE])
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn()?;
     let mut stdin = child.stdin.take().context("a pipe")?;
     stdin.write_all(input.unwrap_or_default().as_bytes())?;
@@ -154,8 +159,9 @@ impl Sql {
     /// Writes `count` rows as `user`, in one statement.
     pub async fn insert(&self, user: &str, count: usize) -> anyhow::Result<()> {
         let rows = vec!["($1)"; count].join(", ");
-        let (status, body) =
-            self.run(user, &format!("INSERT INTO app.messages (body) VALUES {rows}"), json!([format!("of {user}")])).await?;
+        let (status, body) = self
+            .run(user, &format!("INSERT INTO app.messages (body) VALUES {rows}"), json!([format!("of {user}")]))
+            .await?;
         ensure!(status == 200, "{body}");
         Ok(())
     }

@@ -34,7 +34,10 @@ fn api(client: &kube::Client, document: &Value) -> anyhow::Result<Api<DynamicObj
 /// What the API server says of `document`, without keeping it.
 async fn judge(client: &kube::Client, document: &Value) -> anyhow::Result<Result<(), String>> {
     let name = document["metadata"]["name"].as_str().context("no name")?;
-    let params = PatchParams { field_validation: Some(kube::api::ValidationDirective::Strict), ..PatchParams::apply("rules").dry_run() };
+    let params = PatchParams {
+        field_validation: Some(kube::api::ValidationDirective::Strict),
+        ..PatchParams::apply("rules").dry_run()
+    };
     match api(client, document)?.patch(name, &params, &Patch::Apply(document)).await {
         Ok(_) => Ok(Ok(())),
         Err(kube::Error::Api(status)) => Ok(Err(status.message.clone())),

@@ -75,10 +75,8 @@ async fn a_mistake_is_a_condition_and_disturbs_nobody() -> anyhow::Result<()> {
         Ok(condition(&get("usertable", "app.broken")?, "Ready").is_some_and(|(status, ..)| status == "True"))
     })
     .await?;
-    until("app.broken serves", async || {
-        Ok(sql.run("alice", "SELECT * FROM app.broken", json!([])).await?.0 == 200)
-    })
-    .await?;
+    until("app.broken serves", async || Ok(sql.run("alice", "SELECT * FROM app.broken", json!([])).await?.0 == 200))
+        .await?;
     kubectl_ok(&["delete", "usertable", "app.broken"], None)?;
     until("app.broken is gone from SQL", async || {
         Ok(sql.run("alice", "SELECT * FROM app.broken", json!([])).await?.0 == 404)
@@ -89,7 +87,8 @@ async fn a_mistake_is_a_condition_and_disturbs_nobody() -> anyhow::Result<()> {
 #[tokio::test]
 async fn what_is_in_use_cannot_be_deleted_and_names_who_uses_it() -> anyhow::Result<()> {
     with_messages().await?;
-    until("usedBy is known", async || Ok(get("kalamstorage", "s3")?["status"]["usedBy"]["count"].as_i64() > Some(0))).await?;
+    until("usedBy is known", async || Ok(get("kalamstorage", "s3")?["status"]["usedBy"]["count"].as_i64() > Some(0)))
+        .await?;
     for (kind, name) in [("kalamstorage", "s3"), ("kalamnamespace", "app")] {
         until("the refusal", async || {
             let output = kubectl(&["delete", kind, name, "--dry-run=server"], None)?;

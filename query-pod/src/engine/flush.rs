@@ -50,7 +50,7 @@ pub enum FlushError {
     Row(#[from] RowError),
     /// Encoding.
     #[error("failed to encode a file")]
-    File(#[from] parquet_file::WriteError<RowError>),
+    File(#[source] Box<parquet_file::WriteError<RowError>>),
     /// The place.
     #[error("failed to resolve the place of the file")]
     Path(#[from] PathError),
@@ -63,7 +63,7 @@ pub enum FlushError {
         /// The file.
         path: String,
         /// Why.
-        source: CreateError,
+        source: Box<CreateError>,
     },
     /// The commit.
     #[error("failed to commit the file")]
@@ -84,6 +84,8 @@ impl Engine {
         let snapshot = self.catalog.current();
         let table = Arc::clone(snapshot.table_by_id(id.table).ok_or(FlushError::TableGone)?);
         let mut flushed = Flushed::default();
+        // Before anything is uploaded: what a former process committed and did not publish must not be written again.
+        self.open_stream(&RootKey::of(&table.location)).await?;
         // A generation that an earlier attempt froze comes first, then the rows of now.
         let last = self.buffer.counters(id)?.active;
         while let Some(generation) = self.buffer.freeze(id.clone()).await? {
@@ -158,7 +160,8 @@ impl Engine {
         let path = paths::data_file(&prefix, EPOCH, u64::from(generation.0), &name);
         let mut bytes = Vec::new();
         let written =
-            parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)?;
+            parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)
+                .map_err(|error| FlushError::File(Box::new(error)))?;
         let entry = FileEntry {
             path: path.to_string(),
             rows: written.rows,
@@ -184,7 +187,7 @@ impl Engine {
         // The name holds a fresh ULID, so an object that is there already is this very upload, tried twice.
         create::create_exact(store.as_ref(), &file.path, file.bytes)
             .await
-            .map_err(|source| FlushError::Upload { path: file.path.to_string(), source })?;
+            .map_err(|source| FlushError::Upload { path: file.path.to_string(), source: Box::new(source) })?;
         let last_seq = file.entry.max_seq;
         Ok(Edit { instance: id.clone(), generation, last_seq, add: vec![file.entry], remove: Vec::new() })
     }

@@ -132,6 +132,35 @@ impl Engine {
         Ok(())
     }
 
+    /// The id of the data folder, made at its first start.
+    ///
+    /// # Errors
+    /// If the write buffer does not read or write.
+    pub fn volume(&self) -> Result<String, kalamdb_write_buffer::ReadError> {
+        if let Some(volume) = self.buffer.state_get("volume")? {
+            return Ok(String::from_utf8_lossy(&volume).into_owned());
+        }
+        let volume = ulid::Ulid::generate().to_string().to_ascii_lowercase();
+        self.buffer.state_put("volume", volume.as_bytes())?;
+        Ok(volume)
+    }
+
+    /// Whether this data folder is known to own its instance.
+    ///
+    /// # Errors
+    /// If the write buffer does not read.
+    pub fn is_owner(&self) -> Result<bool, kalamdb_write_buffer::ReadError> {
+        Ok(self.buffer.state_get("owner")?.is_some())
+    }
+
+    /// Takes note that it does.
+    ///
+    /// # Errors
+    /// If the write buffer does not write.
+    pub fn set_owner(&self) -> Result<(), kalamdb_write_buffer::ReadError> {
+        self.buffer.state_put("owner", b"1")
+    }
+
     /// Whether rows were ever written or flushed here: then the ids of tables mean something, and must not be given anew.
     ///
     /// # Errors

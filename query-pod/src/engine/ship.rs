@@ -43,7 +43,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 struct Request {
-    edit: Edit,
+    /// `None` only asks that the stream be open.
+    edit: Option<Edit>,
     done: oneshot::Sender<Result<(), ShipError>>,
 }
 
@@ -71,8 +72,17 @@ impl Shippers {
 }
 
 impl Engine {
+    /// Waits until former incarnations are fenced in `root` and what they had committed is published.
+    pub(super) async fn open_stream(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
+        self.request(root, None).await
+    }
+
     /// Commits `edit` in the stream of `root` and publishes it.
     pub(super) async fn ship(self: &Arc<Self>, root: &RootKey, edit: Edit) -> Result<(), ShipError> {
+        self.request(root, Some(edit)).await
+    }
+
+    async fn request(self: &Arc<Self>, root: &RootKey, edit: Option<Edit>) -> Result<(), ShipError> {
         let (done, answer) = oneshot::channel();
         let queue = {
             let mut running = self.shippers.running.lock();
@@ -141,8 +151,8 @@ async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Reque
         while let Ok(more) = queue.try_recv() {
             round.push(more);
         }
-        let edits: Vec<Edit> = round.iter().map(|request| request.edit.clone()).collect();
-        let outcome = commit(&engine, &root, &mut stream, edits).await;
+        let edits: Vec<Edit> = round.iter().filter_map(|request| request.edit.clone()).collect();
+        let outcome = if edits.is_empty() { Ok(()) } else { commit(&engine, &root, &mut stream, edits).await };
         for request in round {
             let answer = match &outcome {
                 Ok(()) => Ok(()),

@@ -3,6 +3,7 @@
 //! A statement is parsed once, here ([`parse`]); only queries reach DataFusion. Identity travels as an extension of the
 //! session and is read again inside every scan ([`provider`]).
 
+mod canonical;
 mod engine_errors;
 mod functions;
 mod information_schema;

@@ -86,6 +86,7 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
         .tokenize_with_location()
         .map_err(|error| ApiError::invalid("SYNTAX_ERROR", shorten(&error.to_string())))?;
     check_chains(&tokens)?;
+    let tokens = without_parentheses(tokens);
     let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
     if let Some(target) = storage_flush(&mut parser)? {
         return Ok(Statement::Flush(target));
@@ -112,6 +113,23 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
         }
         (Some(statement), None) => allow(statement),
     }
+}
+
+/// `CURRENT_USER()` as `CURRENT_USER`, which is the only form that the parser's dialect knows.
+fn without_parentheses(tokens: Vec<TokenWithSpan>) -> Vec<TokenWithSpan> {
+    let mut out: Vec<TokenWithSpan> = Vec::with_capacity(tokens.len());
+    for token in tokens {
+        out.push(token);
+        let mut last = out.iter().rev().filter(|token| !matches!(token.token, Token::Whitespace(_)));
+        let is_call = matches!(last.next().map(|token| &token.token), Some(Token::RParen))
+            && matches!(last.next().map(|token| &token.token), Some(Token::LParen))
+            && matches!(last.next().map(|token| &token.token), Some(Token::Word(word)) if word.keyword == Keyword::CURRENT_USER);
+        if is_call {
+            let name = out.iter().rposition(|token| matches!(token.token, Token::Word(_)));
+            out.truncate(name.map_or(out.len(), |at| at + 1));
+        }
+    }
+    out
 }
 
 /// Refuses `1 + 1 + 1 + …` beyond [`CHAIN_MAX`]: the parser reads such a chain in a loop, but its tree is as deep as the
@@ -475,6 +493,14 @@ mod tests {
         assert_eq!(code(&chain), Some("STATEMENT_TOO_DEEP"));
         let wide = format!("SELECT 1{}", ", 1 + 1".repeat(10_000));
         assert_eq!(code(&wide), None);
+    }
+
+    #[test]
+    fn current_user_may_have_parentheses() {
+        for sql in ["SELECT CURRENT_USER()", "SELECT current_user ( ) = 'a', 1", "SELECT CURRENT_USER"] {
+            assert_eq!(code(sql), None, "{sql}");
+        }
+        assert_eq!(code("INSERT INTO t VALUES (CURRENT_USER())"), None);
     }
 
     #[test]

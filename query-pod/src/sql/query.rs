@@ -14,7 +14,7 @@ use datafusion::sql::parser::Statement as PlannerStatement;
 use futures::StreamExt as _;
 
 use super::parse::QueryStatement;
-use super::{QUERY_WAIT, Request, Sql, params, session, wildcard};
+use super::{QUERY_WAIT, Request, Sql, canonical, params, session, wildcard};
 use crate::catalog::Snapshot;
 use crate::error::{ApiError, Kind};
 use crate::http::encode::{Answer, Encoder};
@@ -59,7 +59,7 @@ impl Sql {
             self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns).map_err(explain)?;
         let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
         refuse_writes(&plan)?;
-        let plan = bind(plan, request)?;
+        let plan = canonical::uuids(bind(plan, request)?).map_err(explain)?;
         let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
         let mut encoder = Encoder::new(&physical.schema(), self.limits.answer_bytes_max)?;
         let mut batches = execute_stream(physical, context(&state)).map_err(explain)?;

@@ -85,6 +85,8 @@ impl Sessions {
             .with_catalog_list(Arc::new(Catalogs(Some(Arc::new(visible)))))
             .build();
         functions::register(&mut state, identity)?;
+        // NOW() is the time at which the statement started; without this DataFusion knows none.
+        state.mark_start_execution();
         Ok(state)
     }
 }

@@ -1,0 +1,130 @@
+//! The dialect that statements are written in: PostgreSQL's, but for two things.
+//!
+//! `CURRENT_USER()` may have parentheses, as the other functions without arguments have. And the name of a named
+//! argument (`f(name => 1)`) is an identifier: PostgreSQL's is any expression, for which the parser reads each argument
+//! twice, and `f(f(f(…)))` 2ⁿ times.
+
+use std::any::TypeId;
+
+use datafusion::sql::sqlparser::ast::{Expr, Function, FunctionArguments, ObjectName};
+use datafusion::sql::sqlparser::dialect::{Dialect, PostgreSqlDialect, Precedence};
+use datafusion::sql::sqlparser::keywords::Keyword;
+use datafusion::sql::sqlparser::parser::{Parser, ParserError};
+use datafusion::sql::sqlparser::tokenizer::Token;
+
+/// The dialect.
+#[derive(Debug)]
+pub(super) struct KalamDialect;
+
+const BASE: PostgreSqlDialect = PostgreSqlDialect {};
+
+/// What of [`PostgreSqlDialect`] statements other than queries and INSERT need is left out.
+impl Dialect for KalamDialect {
+    fn dialect(&self) -> TypeId {
+        // The parser asks for the type where it has no method to ask.
+        TypeId::of::<PostgreSqlDialect>()
+    }
+
+    fn is_delimited_identifier_start(&self, ch: char) -> bool {
+        BASE.is_delimited_identifier_start(ch)
+    }
+
+    fn is_identifier_start(&self, ch: char) -> bool {
+        BASE.is_identifier_start(ch)
+    }
+
+    fn is_identifier_part(&self, ch: char) -> bool {
+        BASE.is_identifier_part(ch)
+    }
+
+    fn is_reserved_for_identifier(&self, keyword: Keyword) -> bool {
+        BASE.is_reserved_for_identifier(keyword)
+    }
+
+    fn is_custom_operator_part(&self, ch: char) -> bool {
+        BASE.is_custom_operator_part(ch)
+    }
+
+    fn get_next_precedence(&self, parser: &Parser) -> Option<Result<u8, ParserError>> {
+        BASE.get_next_precedence(parser)
+    }
+
+    fn prec_value(&self, precedence: Precedence) -> u8 {
+        BASE.prec_value(precedence)
+    }
+
+    fn parse_prefix(&self, parser: &mut Parser) -> Option<Result<Expr, ParserError>> {
+        current_user(parser).transpose()
+    }
+
+    fn supports_unicode_string_literal(&self) -> bool {
+        BASE.supports_unicode_string_literal()
+    }
+
+    fn supports_string_escape_constant(&self) -> bool {
+        BASE.supports_string_escape_constant()
+    }
+
+    fn supports_numeric_literal_underscores(&self) -> bool {
+        BASE.supports_numeric_literal_underscores()
+    }
+
+    fn supports_nested_comments(&self) -> bool {
+        BASE.supports_nested_comments()
+    }
+
+    fn supports_filter_during_aggregation(&self) -> bool {
+        BASE.supports_filter_during_aggregation()
+    }
+
+    fn supports_group_by_expr(&self) -> bool {
+        BASE.supports_group_by_expr()
+    }
+
+    fn supports_bitwise_shift_operators(&self) -> bool {
+        BASE.supports_bitwise_shift_operators()
+    }
+
+    fn supports_notnull_operator(&self) -> bool {
+        BASE.supports_notnull_operator()
+    }
+
+    fn supports_array_typedef_with_brackets(&self) -> bool {
+        BASE.supports_array_typedef_with_brackets()
+    }
+
+    fn supports_comma_separated_trim(&self) -> bool {
+        BASE.supports_comma_separated_trim()
+    }
+
+    fn allow_extract_custom(&self) -> bool {
+        BASE.allow_extract_custom()
+    }
+
+    fn allow_extract_single_quotes(&self) -> bool {
+        BASE.allow_extract_single_quotes()
+    }
+}
+
+/// `CURRENT_USER`, with or without parentheses.
+fn current_user(parser: &mut Parser) -> Result<Option<Expr>, ParserError> {
+    let token = parser.peek_token();
+    let name = match token.token {
+        Token::Word(word) if word.keyword == Keyword::CURRENT_USER && word.quote_style.is_none() => word.to_ident(token.span),
+        _ => return Ok(None),
+    };
+    parser.advance_token();
+    if parser.consume_token(&Token::LParen) {
+        parser.expect_token(&Token::RParen)?;
+    }
+    Ok(Some(Expr::Function(Function {
+        name: ObjectName::from(vec![name]),
+        uses_odbc_syntax: false,
+        parameters: FunctionArguments::None,
+        args: FunctionArguments::None,
+        filter: None,
+        null_treatment: None,
+        over: None,
+        within_group: Vec::new(),
+    })))
+}
