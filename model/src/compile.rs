@@ -4,7 +4,7 @@
 //! accepted with, and the last good entry of every object that has become invalid. The order of objects does not
 //! matter, one object's mistake changes nothing for another, and compiling its own result again changes nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
@@ -105,7 +105,11 @@ pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval)
         terminating: Vec::new(),
     };
     let mut objects: Vec<&Declared> = declared.iter().collect();
-    objects.sort_by_key(|d| (d.object.kind, !pass.is_known(d), d.object.created, &d.object.uid, &d.object.name));
+    let known = known(previous);
+    objects.sort_by_cached_key(|d| {
+        let ObjectRef { kind, uid, created, name, .. } = &d.object;
+        (*kind, !known.contains(uid.as_str()), *created, uid.clone(), name.clone())
+    });
     for object in &objects {
         pass.object(object);
     }
@@ -118,6 +122,15 @@ pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval)
     (next, pass.outcomes)
 }
 
+/// Uids of the objects that have entries: such objects go first, so that no newcomer takes their name.
+fn known(previous: &Catalog) -> HashSet<&str> {
+    let storages = previous.storages.values().map(|entry| &entry.object);
+    let namespaces = previous.namespaces.values().map(|entry| &entry.object);
+    let nodes = previous.nodes.values().map(|entry| &entry.object);
+    let tables = previous.tables.values().map(|entry| &entry.object);
+    storages.chain(namespaces).chain(nodes).chain(tables).map(|object| object.uid.as_str()).collect()
+}
+
 struct Pass<'a> {
     previous: &'a Catalog,
     next: Catalog,
@@ -126,17 +139,6 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Whether the object already has an entry: such objects go first, so that no newcomer takes their name.
-    fn is_known(&self, declared: &Declared) -> bool {
-        let uid = &declared.object.uid;
-        match declared.object.kind {
-            Kind::Storage => self.previous.storages.values().any(|entry| entry.object.uid == *uid),
-            Kind::Namespace => self.previous.namespaces.values().any(|entry| entry.object.uid == *uid),
-            Kind::ReplicaNode => self.previous.nodes.values().any(|entry| entry.object.uid == *uid),
-            Kind::UserTable | Kind::SharedTable => self.previous.tables.values().any(|entry| entry.object.uid == *uid),
-        }
-    }
-
     fn object(&mut self, declared: &Declared) {
         let mut warnings = Vec::new();
         let verdict = match &declared.spec {
@@ -450,9 +452,10 @@ impl Pass<'_> {
                 self.next.retained.insert(name.clone(), entry.clone());
             }
         }
+        let declared: HashSet<(Kind, &str)> =
+            objects.iter().map(|d| (d.object.kind, d.object.name.as_str())).collect();
         for (name, entry) in &self.previous.tables {
-            let declared =
-                objects.iter().any(|d| d.object.kind == entry.object.kind && d.object.name == entry.object.name);
+            let declared = declared.contains(&(entry.object.kind, entry.object.name.as_str()));
             let keep = on_removal == OnRemoval::Retain || entry.deletion_policy == DeletionPolicy::Retain;
             if !self.next.tables.contains_key(name) && !declared && keep {
                 self.next.retained.insert(name.clone(), entry.clone());

@@ -102,7 +102,7 @@ impl Value {
             ColumnType::Bytes => Self::Bytes(bytes(text).ok_or_else(mismatch)?),
             ColumnType::Json => {
                 let raw: Box<RawValue> = serde_json::from_str(text).map_err(|_| mismatch())?;
-                Self::Json(raw.get().to_owned())
+                Self::Json(json(raw.get(), ty)?)
             }
             ColumnType::Timestamp => Self::Timestamp(timestamp(text, ty)?),
             ColumnType::Date => Self::Date(date(text, ty)?),
@@ -126,7 +126,7 @@ impl Value {
             return Ok(Self::Null);
         }
         if *ty == ColumnType::Json {
-            return Ok(Self::Json(text.to_owned()));
+            return json(text, ty).map(Self::Json);
         }
         let mismatch = || ValueError::mismatch(ty, text);
         match (first, ty) {
@@ -245,6 +245,34 @@ fn decimal(text: &str, precision: u8, scale: u8) -> Result<i128, ValueError> {
     if value.abs() >= limit { Err(ValueError::range(ty, text)) } else { Ok(value) }
 }
 
+/// `text`, which is JSON by its grammar, if every client can read it: no half of a surrogate pair, no number beyond
+/// DOUBLE, no deep nesting. An answer with such a value would be unreadable as a whole.
+fn json(text: &str, ty: &ColumnType) -> Result<String, ValueError> {
+    let readable = serde_json::from_str::<serde_json::Value>(text).is_ok() && json_depth(text) <= JSON_DEPTH_MAX;
+    if readable { Ok(text.to_owned()) } else { Err(ValueError::range(ty, text)) }
+}
+
+/// Parsers commonly stop at 128 levels; answers, arrays and their envelope need some of them.
+const JSON_DEPTH_MAX: usize = 100;
+
+fn json_depth(text: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 fn bytes(text: &str) -> Option<Vec<u8>> {
     if let Some(hex) = text.strip_prefix("\\x") {
         if !hex.len().is_multiple_of(2) || !hex.is_ascii() {
@@ -360,6 +388,18 @@ mod tests {
             Some(Value::Array(vec![Value::BigInt(1), Value::Null]))
         );
         assert_eq!(json("\"AQI=\"", ColumnType::Bytes), Some(Value::Bytes(vec![1, 2])));
+    }
+
+    #[test]
+    fn json_that_clients_cannot_read_is_refused() {
+        for text in [r#""\ud800""#, r#"{"a":"\udc00x"}"#, "1e999", &format!("{}{}", "[".repeat(101), "]".repeat(101))] {
+            assert!(Value::from_text(text, &ColumnType::Json).is_err(), "{text}");
+            let raw = RawValue::from_string(text.to_owned()).expect("JSON by its grammar");
+            assert!(Value::from_json(&raw, &ColumnType::Json).is_err(), "{text}");
+        }
+        for text in [r#""\ud83d\ude42 [[[ \" [""#, &format!("{}{}", "[".repeat(100), "]".repeat(100))] {
+            assert_eq!(Value::from_text(text, &ColumnType::Json).ok(), Some(Value::Json(text.to_owned())));
+        }
     }
 
     #[test]
