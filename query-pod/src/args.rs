@@ -70,6 +70,9 @@ pub struct Server {
     /// Largest request body, bytes.
     #[arg(long, default_value_t = 16 << 20)]
     pub body_bytes_max: usize,
+    /// Connections at once; more wait. Lowered where the process may not open that many files.
+    #[arg(long, default_value_t = 4_096)]
+    pub connections_max: usize,
     /// Requests at once; more are refused.
     #[arg(long, default_value_t = 1_024)]
     pub requests_max: usize,

@@ -11,6 +11,7 @@ pub mod args;
 pub mod auth;
 pub mod catalog;
 pub mod cluster;
+pub mod connections;
 pub mod crash;
 pub mod engine;
 pub mod error;

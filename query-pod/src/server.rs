@@ -6,11 +6,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::args::Server;
 use crate::auth::Tokens;
 use crate::catalog::CatalogHandle;
 use crate::engine::{Engine, Secrets, Storages};
+use crate::connections;
 use crate::http::{self, Api};
 use crate::metrics::Metrics;
 use crate::sql::Sql;
@@ -66,22 +68,18 @@ pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Res
     let listener =
         TcpListener::bind(server.listen).await.with_context(|| format!("failed to listen on {}", server.listen))?;
     tracing::info!(address = %listener.local_addr()?, "listening");
-    let grace = Duration::from_secs(server.stop_grace_secs);
-    let (stopping, mut stopped) = watch::channel(false);
-    let signal = async move {
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
         stop_signal().await;
         tracing::info!("stopping");
         ready.send_replace(false);
-        stopping.send_replace(true);
-    };
-    let serving = axum::serve(listener, http::router(Arc::new(api))).with_graceful_shutdown(signal);
-    let deadline = async move {
-        let _ = stopped.wait_for(|stopping| *stopping).await;
-        tokio::time::sleep(grace).await;
-    };
-    tokio::select! {
-        served = serving.into_future() => served?,
-        () = deadline => tracing::warn!("stopping although requests are still under way"),
+        stopping.cancel();
+    });
+    let connections = connections::serve(listener, http::router(Arc::new(api)), server.connections_max, &stop).await;
+    let grace = Duration::from_secs(server.stop_grace_secs);
+    if tokio::time::timeout(grace, connections.wait()).await.is_err() {
+        tracing::warn!("stopping although requests are still under way");
     }
     engine.close(grace).await;
     tracing::info!("stopped");

@@ -155,7 +155,8 @@ impl Home {
                 bail!("the pod ended with {status}:\n{}", self.log());
             }
             let log = self.log();
-            let address = log[before..].lines().find_map(|line| line.split_once("address=")).map(|(_, address)| address.trim());
+            let address =
+                log[before..].lines().find_map(|line| line.split_once("address=")).map(|(_, address)| address.trim());
             if let Some(address) = address {
                 let url = format!("http://{address}");
                 let ready = client.get(format!("{url}/readyz")).send().await.is_ok_and(|r| r.status().is_success());

@@ -1,7 +1,7 @@
 //! The rules of the custom resources, judged by the real API server: the files of `crds/tests/rules`.
 
 use anyhow::{Context as _, ensure};
-use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
+use kube::api::{Api, DynamicObject, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::Value;
 
@@ -31,14 +31,23 @@ fn api(client: &kube::Client, document: &Value) -> anyhow::Result<Api<DynamicObj
     Ok(Api::namespaced_with(client.clone(), NAMESPACE, &ApiResource::from_gvk_with_plural(&gvk, plural(kind)?)))
 }
 
-/// What the API server says of `document`, without keeping it.
-async fn judge(client: &kube::Client, document: &Value) -> anyhow::Result<Result<(), String>> {
-    let name = document["metadata"]["name"].as_str().context("no name")?;
-    let params = PatchParams {
-        field_validation: Some(kube::api::ValidationDirective::Strict),
-        ..PatchParams::apply("rules").dry_run()
+/// What the API server says of `document`, as a new object or in place of `old`, without keeping it.
+async fn judge(
+    client: &kube::Client,
+    document: &Value,
+    old: Option<&DynamicObject>,
+) -> anyhow::Result<Result<(), String>> {
+    let mut object: DynamicObject = serde_json::from_value(document.clone())?;
+    let params = PostParams { dry_run: true, ..PostParams::default() };
+    let api = api(client, document)?;
+    let verdict = match old {
+        None => api.create(&params, &object).await,
+        Some(old) => {
+            object.metadata.resource_version = old.metadata.resource_version.clone();
+            api.replace(object.metadata.name.as_deref().context("no name")?, &params, &object).await
+        }
     };
-    match api(client, document)?.patch(name, &params, &Patch::Apply(document)).await {
+    match verdict {
         Ok(_) => Ok(Ok(())),
         Err(kube::Error::Api(status)) => Ok(Err(status.message.clone())),
         Err(other) => Err(other.into()),
@@ -64,11 +73,14 @@ async fn the_api_server_takes_and_refuses_what_every_rule_says() -> anyhow::Resu
         let documents = documents(&text).with_context(|| name.clone())?;
         let new = documents.last().context("an object")?;
         let old = if name.starts_with("update-") { documents.first() } else { None };
-        if let Some(old) = old {
-            let object: DynamicObject = serde_json::from_value(old.clone())?;
-            api(&client, old)?.create(&PostParams::default(), &object).await.with_context(|| name.clone())?;
-        }
-        let verdict = judge(&client, new).await?;
+        let stored = match old {
+            Some(old) => {
+                let object: DynamicObject = serde_json::from_value(old.clone())?;
+                Some(api(&client, old)?.create(&PostParams::default(), &object).await.with_context(|| name.clone())?)
+            }
+            None => None,
+        };
+        let verdict = judge(&client, new, stored.as_ref()).await?;
         let expected = header("# expect:").filter(|_| name.contains("reject-"));
         match (&verdict, expected) {
             (Ok(()), None) => {}

@@ -15,9 +15,10 @@ use kalamdb_table_store::create::{self, CreateError};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 use kalamdb_table_store::parquet_file;
 use kalamdb_table_store::paths::{self, PathError};
-use kalamdb_write_buffer::{BatchBuilder, CommitError, RowError};
+use kalamdb_write_buffer::{CommitError, RowError};
 
 use super::instance::InstanceError;
+use super::read::Batches;
 use super::ship::ShipError;
 use super::storages::StoragesError;
 use super::{EPOCH, Engine, RootKey, now_us};
@@ -132,29 +133,19 @@ impl Engine {
 
     fn encode(&self, table: &TableEntry, id: &InstanceId, generation: Generation) -> Result<Encoded, FlushError> {
         let all: Vec<usize> = (0..table.arrow_schema().fields().len()).collect();
-        let mut batches = Vec::new();
-        let mut builder = BatchBuilder::new(table, &all);
+        let mut batches = Batches::new(table, &all, BATCH_ROWS);
         let mut damaged: Option<RowError> = None;
-        self.buffer.scan_generation(id, generation, &mut |_, _, row| {
-            let pushed = builder.push(row).and_then(|()| {
-                if builder.rows() >= BATCH_ROWS {
-                    let full = std::mem::replace(&mut builder, BatchBuilder::new(table, &all));
-                    batches.push(full.finish()?);
-                }
-                Ok(())
-            });
-            match pushed {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    damaged = Some(error);
-                    ControlFlow::Break(())
-                }
+        self.buffer.scan_generation(id, generation, &mut |_, _, row| match batches.push(row) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                damaged = Some(error);
+                ControlFlow::Break(())
             }
         })?;
         if let Some(error) = damaged {
             return Err(error.into());
         }
-        batches.push(builder.finish()?);
+        let batches = batches.finish()?;
         let prefix = paths::instance_prefix(&table.location, &id.owner)?;
         let name = ulid::Ulid::generate().to_string();
         let path = paths::data_file(&prefix, EPOCH, u64::from(generation.0), &name);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use kalamdb_model::{Generation, InstanceId};
 use kalamdb_table_store::manifest::{Manifest, ManifestError};
@@ -23,6 +24,9 @@ pub struct Instance {
     /// Held exclusively by statements that must read before they write, until their commit is applied; shared by those
     /// whose keys nobody else can have made.
     pub(super) writes: tokio::sync::RwLock<()>,
+    /// Bytes of statements that are on their way into the buffer: checked with what is there, so that many at once do not
+    /// pass a limit that each alone meets.
+    pub(super) incoming: AtomicU64,
     /// Held by the one flush at a time.
     pub(super) flushes: tokio::sync::Mutex<()>,
     /// Readers take view and buffer snapshot together under it; publishing takes it exclusively.
@@ -68,6 +72,7 @@ impl Instances {
         let instance = Arc::new(Instance {
             id: id.clone(),
             writes: tokio::sync::RwLock::default(),
+            incoming: AtomicU64::new(0),
             flushes: tokio::sync::Mutex::default(),
             view: RwLock::new(Arc::new(view)),
         });

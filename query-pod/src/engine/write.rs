@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kalamdb_model::{InstanceId, Owner, TableEntry};
+use kalamdb_model::{Owner, TableEntry};
 use kalamdb_table_store::parquet_read;
 use kalamdb_write_buffer::{CommitError, EncodedRow};
 
 use super::instance::{Instance, InstanceError};
+use super::read::ReadError;
 use super::storages::StoragesError;
 use super::{Engine, RootKey};
 
@@ -52,6 +53,21 @@ pub enum WriteError {
     /// A file does not read.
     #[error("failed to look keys up in a file")]
     File(#[from] parquet_read::ReadError),
+    /// A file is not the owner's.
+    #[error("failed to look keys up")]
+    Read(#[from] ReadError),
+}
+
+/// Room in an instance's buffer, given back when dropped.
+struct Room<'a> {
+    instance: &'a Instance,
+    bytes: u64,
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.instance.incoming.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
 }
 
 impl Engine {
@@ -64,8 +80,8 @@ impl Engine {
             return Err(WriteError::Fenced);
         }
         let id = Self::instance_id(table, owner);
-        self.check_room(&id)?;
         let instance = self.instances.get(&id)?;
+        let _room = self.take_room(&instance, &rows)?;
         let count = rows.len() as u64;
         let generated = rows.iter().all(|row| row.generated);
         // Keys that this pod generated differ from each other, so such statements need not wait for one another; they
@@ -88,13 +104,19 @@ impl Engine {
         Ok(count)
     }
 
-    fn check_room(&self, id: &InstanceId) -> Result<(), WriteError> {
-        let (bytes, limit) = (self.buffer.counters(id)?.bytes, self.limits.instance_bytes_max);
-        if bytes < limit {
-            return Ok(());
+    /// Takes room for `rows` in the instance's buffer until they are in it or refused. A frozen generation, on its way
+    /// into a file, may be as large again.
+    fn take_room<'a>(&self, instance: &'a Instance, rows: &[NewRow]) -> Result<Room<'a>, WriteError> {
+        let bytes = rows.iter().map(|row| (row.encoded.key.len() + row.encoded.value.len()) as u64).sum();
+        let room = Room { instance, bytes };
+        let incoming = instance.incoming.fetch_add(bytes, Ordering::AcqRel);
+        let (buffered, limit) = (self.buffer.counters(&instance.id)?.bytes, self.limits.instance_bytes_max);
+        // One statement may always pass an empty buffer: its own size is bounded.
+        if buffered + incoming == 0 || buffered + incoming + bytes <= limit {
+            return Ok(room);
         }
-        self.schedule.urge(id);
-        Err(WriteError::BufferFull { bytes, limit })
+        self.schedule.urge(&instance.id);
+        Err(WriteError::BufferFull { bytes: buffered, limit })
     }
 
     async fn refuse_existing(
@@ -119,6 +141,8 @@ impl Engine {
             }
             Arc::clone(&view)
         };
+        // A key that is looked up in another user's file would tell that he has it.
+        self.check_owner(table, &instance.id, &view)?;
         let may_hold = |file: &&kalamdb_table_store::manifest::FileEntry| {
             keys.range(file.min_key.clone()..=file.max_key.clone()).next().is_some()
         };

@@ -144,10 +144,16 @@ impl Output {
     fn convert(&self, array: &ArrayRef) -> Result<ArrayRef, ApiError> {
         let failed = |error: arrow::error::ArrowError| ApiError::invalid("INVALID_VALUE", error.to_string());
         match &self.cast {
-            Cast::None => Ok(Arc::clone(array)),
+            Cast::None => {
+                check_digits(array).map_err(failed)?;
+                Ok(Arc::clone(array))
+            }
             Cast::To(ty) => {
                 // An overflow is an error; the default would make it NULL.
-                cast_with_options(array, ty, &CastOptions { safe: false, ..CastOptions::default() }).map_err(failed)
+                let options = CastOptions { safe: false, ..CastOptions::default() };
+                let array = cast_with_options(array, ty, &options).map_err(failed)?;
+                check_digits(&array).map_err(failed)?;
+                Ok(array)
             }
             Cast::Json => json_texts(array).map_err(failed),
             Cast::Text => texts(array).map_err(failed),
@@ -181,6 +187,18 @@ fn nearest(ty: &DataType) -> Option<DataType> {
         }
         _ => return None,
     })
+}
+
+/// Arithmetic of decimals stays within 128 bits and not within their digits, and what has more is printed without the last
+/// ones.
+fn check_digits(array: &ArrayRef) -> Result<(), arrow::error::ArrowError> {
+    match array.data_type() {
+        DataType::Decimal128(precision, _) => {
+            array.as_primitive::<Decimal128Type>().validate_decimal_precision(*precision)
+        }
+        DataType::List(_) => check_digits(array.as_list::<i32>().values()),
+        _ => Ok(()),
+    }
 }
 
 fn json_texts(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
@@ -217,7 +235,7 @@ fn write_value(out: &mut String, array: &ArrayRef, row: usize, ty: &ColumnType) 
         ColumnType::Int => write!(out, "{}", array.as_primitive::<Int32Type>().value(row)),
         ColumnType::BigInt => write!(out, "\"{}\"", array.as_primitive::<Int64Type>().value(row)),
         ColumnType::Float => write_float(out, f64::from(array.as_primitive::<Float32Type>().value(row)), || {
-            array.as_primitive::<Float32Type>().value(row).to_string()
+            format!("{:?}", array.as_primitive::<Float32Type>().value(row))
         }),
         ColumnType::Double => write_float(out, array.as_primitive::<Float64Type>().value(row), || {
             format!("{:?}", array.as_primitive::<Float64Type>().value(row))

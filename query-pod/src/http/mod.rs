@@ -14,6 +14,7 @@ use http::{HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::auth::Tokens;
 use crate::error::{ApiError, Kind};
@@ -96,9 +97,9 @@ async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError
             format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"),
         )
     })?;
-    // Its own task: a client that hangs up does not cancel a write half way between the buffer and its answer.
     let api = Arc::clone(api);
-    let run = tokio::spawn(async move {
+    // Ends with the request: a client that hangs up takes its query with it. A write goes on (`Sql::insert`).
+    let run = AbortOnDropHandle::new(tokio::spawn(async move {
         let request = Request {
             identity: &identity,
             sql: &statement.sql,
@@ -106,7 +107,7 @@ async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError
             namespace: statement.namespace_id.as_deref(),
         };
         api.sql.run(&request).await
-    });
+    }));
     run.await.map_err(|error| ApiError::internal(&error))?
 }
 

@@ -1,10 +1,14 @@
-//! The dialect that statements are written in: PostgreSQL's, but for two things.
+//! The dialect that statements are written in: PostgreSQL's, but for these things.
 //!
-//! `CURRENT_USER()` may have parentheses, as the other functions without arguments have. And the name of a named
-//! argument (`f(name => 1)`) is an identifier: PostgreSQL's is any expression, for which the parser reads each argument
-//! twice, and `f(f(f(…)))` 2ⁿ times.
+//! - `CURRENT_USER()` may have parentheses, as the other functions without arguments have.
+//! - The name of a named argument (`f(name => 1)`) is an identifier. PostgreSQL's is any expression, for which the parser
+//!   reads each argument twice, and `f(f(f(…)))` 2ⁿ times.
+//! - What begins with the name of a function of special syntax and `(` is that function: `CAST(1 +` is an error. The parser
+//!   would read it a second time as a function of that name, and `CAST(CAST(CAST(1 +` 2ⁿ times.
+//! - Wherever else the parser goes back and reads again, it may do so only so often for so many tokens.
 
 use std::any::TypeId;
+use std::cell::Cell;
 
 use datafusion::sql::sqlparser::ast::{Expr, Function, FunctionArguments, ObjectName};
 use datafusion::sql::sqlparser::dialect::{Dialect, PostgreSqlDialect, Precedence};
@@ -12,9 +16,22 @@ use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use datafusion::sql::sqlparser::tokenizer::Token;
 
-/// The dialect.
+/// The dialect, for one statement.
 #[derive(Debug)]
-pub(super) struct KalamDialect;
+pub(super) struct KalamDialect {
+    /// Expressions that may still be begun.
+    budget: Cell<usize>,
+}
+
+/// How often an expression may begin at one token: several times as often as in any statement that is not made for it.
+const READS_MAX: usize = 16;
+
+impl KalamDialect {
+    /// For a statement of `tokens` tokens, as many as its bytes at most.
+    pub(super) const fn new(tokens: usize) -> Self {
+        Self { budget: Cell::new(tokens.saturating_mul(READS_MAX)) }
+    }
+}
 
 const BASE: PostgreSqlDialect = PostgreSqlDialect {};
 
@@ -38,7 +55,8 @@ impl Dialect for KalamDialect {
     }
 
     fn is_reserved_for_identifier(&self, keyword: Keyword) -> bool {
-        BASE.is_reserved_for_identifier(keyword)
+        let function = SPECIAL_FUNCTIONS.contains(&keyword) || matches!(keyword, Keyword::CASE | Keyword::ARRAY);
+        function || BASE.is_reserved_for_identifier(keyword)
     }
 
     fn is_custom_operator_part(&self, ch: char) -> bool {
@@ -54,7 +72,12 @@ impl Dialect for KalamDialect {
     }
 
     fn parse_prefix(&self, parser: &mut Parser) -> Option<Result<Expr, ParserError>> {
-        current_user(parser).transpose()
+        match self.budget.get().checked_sub(1) {
+            Some(rest) => self.budget.set(rest),
+            // The one error that the parser does not answer with another attempt.
+            None => return Some(Err(ParserError::RecursionLimitExceeded)),
+        }
+        current_user(parser).or_else(|| plain_name(parser).map(Ok))
     }
 
     fn supports_unicode_string_literal(&self) -> bool {
@@ -106,18 +129,49 @@ impl Dialect for KalamDialect {
     }
 }
 
+/// Functions whose arguments have words between them, as in `CAST(1 AS INT)`.
+const SPECIAL_FUNCTIONS: [Keyword; 13] = [
+    Keyword::CAST,
+    Keyword::CEIL,
+    Keyword::CONVERT,
+    Keyword::EXTRACT,
+    Keyword::FLOOR,
+    Keyword::OVERLAY,
+    Keyword::POSITION,
+    Keyword::SAFE_CAST,
+    Keyword::SUBSTR,
+    Keyword::SUBSTRING,
+    Keyword::TRIM,
+    Keyword::TRY_CAST,
+    Keyword::TRY_CONVERT,
+];
+
+/// The name of such a function without `(`: a column of that name.
+fn plain_name(parser: &mut Parser) -> Option<Expr> {
+    let token = parser.peek_token();
+    let Token::Word(word) = token.token else { return None };
+    let is_function = parser.peek_nth_token(1).token == Token::LParen;
+    if is_function || word.quote_style.is_some() || !SPECIAL_FUNCTIONS.contains(&word.keyword) {
+        return None;
+    }
+    parser.advance_token();
+    Some(Expr::Identifier(word.to_ident(token.span)))
+}
+
 /// `CURRENT_USER`, with or without parentheses.
-fn current_user(parser: &mut Parser) -> Result<Option<Expr>, ParserError> {
+fn current_user(parser: &mut Parser) -> Option<Result<Expr, ParserError>> {
     let token = parser.peek_token();
     let name = match token.token {
         Token::Word(word) if word.keyword == Keyword::CURRENT_USER && word.quote_style.is_none() => word.to_ident(token.span),
-        _ => return Ok(None),
+        _ => return None,
     };
     parser.advance_token();
-    if parser.consume_token(&Token::LParen) {
-        parser.expect_token(&Token::RParen)?;
+    if parser.consume_token(&Token::LParen)
+        && let Err(error) = parser.expect_token(&Token::RParen)
+    {
+        return Some(Err(error));
     }
-    Ok(Some(Expr::Function(Function {
+    Some(Ok(Expr::Function(Function {
         name: ObjectName::from(vec![name]),
         uses_odbc_syntax: false,
         parameters: FunctionArguments::None,

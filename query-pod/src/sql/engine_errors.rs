@@ -28,7 +28,7 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
                 "the storage of the table does not answer; nothing was written",
             )
         }
-        error @ (WriteError::Instance(_) | WriteError::Buffer(_)) => ApiError::internal(&error),
+        error @ (WriteError::Instance(_) | WriteError::Buffer(_) | WriteError::Read(_)) => ApiError::internal(&error),
     }
 }
 

@@ -2,16 +2,19 @@
 //!
 //! - A FLOAT or DOUBLE beside a decimal is compared as a floating-point number. DataFusion would make both decimals, which
 //!   rounds, and fails for large numbers, infinities and NaN.
-//! - A UUID beside a text is compared by value: the text is brought to the canonical form, or refused.
+//! - A UUID beside a text literal is compared by value: the text is brought to the canonical form. One that is no UUID
+//!   equals none.
+//! - A time beside a text literal reads it as INSERT does. DataFusion goes over nanoseconds, which end in 2262.
 //! - `+`, `-`, `*` and negation of integers fail when the result does not fit; DataFusion's wrap around.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use arrow::compute::kernels::numeric::{add, mul, sub};
 use arrow::datatypes::{DataType, Field};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode as _};
-use datafusion::common::{DFSchema, Result, ScalarValue, plan_err};
+use datafusion::common::{DFSchema, Result, ScalarValue};
+use datafusion::error::DataFusionError;
 use datafusion::logical_expr::expr::{Between, InList, ScalarFunction};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::merge_schema;
@@ -21,7 +24,9 @@ use datafusion::logical_expr::{
 };
 use datafusion::optimizer::{Analyzer, AnalyzerRule};
 use datafusion::physical_expr_common::datum::apply;
-use kalamdb_model::ColumnType;
+use kalamdb_model::{ColumnType, Value};
+
+use super::params;
 
 type Rules = Vec<Arc<dyn AnalyzerRule + Send + Sync>>;
 
@@ -64,10 +69,15 @@ fn rewrite(plan: LogicalPlan, change: fn(Expr, &DFSchema) -> Result<Transformed<
     let rewritten = plan.transform_up_with_subqueries(|plan| {
         let schema = merge_schema(&plan.inputs());
         let names = NamePreserver::new(&plan);
-        let changed = plan.map_expressions(|expr| {
+        let renamed = |expr: Expr| {
             let name = names.save(&expr);
             let changed = expr.transform_up(|expr| change(expr, &schema))?;
             Ok(if changed.transformed { changed.update_data(|expr| name.restore(expr)) } else { changed })
+        };
+        let changed = plan.map_expressions(|expr| match expr {
+            // Has no name of its own; what it groups by has.
+            Expr::GroupingSet(_) => expr.map_children(renamed),
+            _ => renamed(expr),
         })?;
         if changed.transformed { changed.map_data(LogicalPlan::recompute_schema) } else { Ok(changed) }
     })?;
@@ -76,7 +86,7 @@ fn rewrite(plan: LogicalPlan, change: fn(Expr, &DFSchema) -> Result<Transformed<
 
 fn compare(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
     match expr {
-        Expr::BinaryExpr(BinaryExpr { left, op, right }) if op.is_comparison_operator() => {
+        Expr::BinaryExpr(BinaryExpr { left, op, right }) if compares(op) => {
             let (of_left, of_right) = (field(&left, schema), field(&right, schema));
             let left_fits = fit(&left, of_left.as_deref(), of_right.as_deref())?;
             let right_fits = fit(&right, of_right.as_deref(), of_left.as_deref())?;
@@ -107,6 +117,11 @@ fn compare(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
     }
 }
 
+const fn compares(op: Operator) -> bool {
+    use Operator::{Eq, Gt, GtEq, IsDistinctFrom, IsNotDistinctFrom, Lt, LtEq, NotEq};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | IsDistinctFrom | IsNotDistinctFrom)
+}
+
 /// The type of `expr`; what has none yet is left to DataFusion.
 fn field(expr: &Expr, schema: &DFSchema) -> Option<Arc<Field>> {
     expr.to_field(schema).ok().map(|(_, field)| field)
@@ -115,32 +130,43 @@ fn field(expr: &Expr, schema: &DFSchema) -> Option<Arc<Field>> {
 /// `value`, whose type is `own`, as it is to be compared with something of type `beside`; `None`: as it is.
 fn fit(value: &Expr, own: Option<&Field>, beside: Option<&Field>) -> Result<Option<Expr>> {
     let (Some(own), Some(beside)) = (own, beside) else { return Ok(None) };
-    let literal = match value {
-        Expr::Literal(literal, _) => Some(literal),
-        _ => None,
-    };
-    if own.data_type().is_decimal() && beside.data_type().is_floating() {
-        return Ok(Some(match literal.and_then(|literal| floating(literal, beside.data_type())) {
-            Some(floating) => lit(floating),
-            None => cast(value.clone(), DataType::Float64),
-        }));
+    if beside.data_type().is_floating() && (own.data_type().is_decimal() || own.data_type().is_floating()) {
+        let written = number(value).and_then(|text| floating(&text, beside.data_type()));
+        return Ok(match written {
+            Some(floating) => Some(lit(floating)),
+            None => own.data_type().is_decimal().then(|| cast(value.clone(), DataType::Float64)),
+        });
     }
-    if ColumnType::of_arrow(beside) == Some(ColumnType::Uuid)
-        && let Some(ScalarValue::Utf8(Some(text)) | ScalarValue::Utf8View(Some(text)) | ScalarValue::LargeUtf8(Some(text))) =
-            literal
-    {
-        return match uuid::Uuid::try_parse(text) {
-            Ok(uuid) => Ok(Some(lit(uuid.to_string()))),
-            Err(_) => plan_err!("expected UUID, got `{}`", text.chars().take(64).collect::<String>()),
-        };
+    let Expr::Literal(literal, _) = value else { return Ok(None) };
+    let (Some(Some(text)), Some(ty)) = (literal.try_as_str(), ColumnType::of_arrow(beside)) else { return Ok(None) };
+    match ty {
+        ColumnType::Uuid => Ok(uuid::Uuid::try_parse(text).ok().map(|uuid| lit(uuid.to_string()))),
+        ColumnType::Timestamp | ColumnType::Date | ColumnType::Time => match Value::from_text(text, &ty) {
+            Ok(value) => Ok(Some(lit(params::scalar(&value, &ty)?))),
+            Err(_) => Ok(None),
+        },
+        _ => Ok(None),
     }
-    Ok(None)
 }
 
-/// A decimal literal as the number that a column of type `beside` would hold for it. FLOAT only where it is in range: the
-/// nearest FLOAT to `1e300` is Infinity.
-fn floating(literal: &ScalarValue, beside: &DataType) -> Option<ScalarValue> {
-    let text = literal.to_array().ok().and_then(|array| arrow::util::display::array_value_to_string(&array, 0).ok())?;
+/// The text of a number as the statement has it: a decimal, or `1e300`, which was read as `CAST('1e300' AS DOUBLE)`.
+fn number(value: &Expr) -> Option<String> {
+    match value {
+        Expr::Literal(literal, _) if literal.data_type().is_decimal() => {
+            let array = literal.to_array().ok()?;
+            arrow::util::display::array_value_to_string(&array, 0).ok()
+        }
+        Expr::Cast(cast) if cast.field.data_type() == &DataType::Float64 => match &*cast.expr {
+            Expr::Literal(literal, _) => literal.try_as_str()?.map(str::to_owned),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The number of type `beside` that is nearest to a literal. FLOAT only where it is in range: the nearest FLOAT to `1e300`
+/// is Infinity.
+fn floating(text: &str, beside: &DataType) -> Option<ScalarValue> {
     match (beside, text.parse::<f32>().ok()) {
         (DataType::Float32, Some(near)) if near.is_finite() => Some(ScalarValue::from(near)),
         _ => text.parse::<f64>().ok().map(ScalarValue::from),
@@ -153,32 +179,28 @@ fn check(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
         Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
             let checked = Arithmetic::of(op).filter(|_| integer(&left).is_some() && integer(&left) == integer(&right));
             Ok(match checked {
-                Some(arithmetic) => Transformed::yes(arithmetic.call(*left, *right)),
+                Some(arithmetic) => Transformed::yes(Checked::call(*left, arithmetic, *right)),
                 None => Transformed::no(Expr::BinaryExpr(BinaryExpr { left, op, right })),
             })
         }
         Expr::Negative(inner) => match integer(&inner) {
-            Some(ty) => Ok(Transformed::yes(Arithmetic::Minus.call(lit(ScalarValue::new_zero(&ty)?), *inner))),
+            Some(ty) => {
+                let zero = lit(ScalarValue::new_zero(&ty)?);
+                Ok(Transformed::yes(Checked::call(zero, Arithmetic::Minus, *inner)))
+            }
             None => Ok(Transformed::no(Expr::Negative(inner))),
         },
         other => Ok(Transformed::no(other)),
     }
 }
 
-/// Arithmetic on two integers of one type that fails on overflow.
+/// Arithmetic on two integers of one type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Arithmetic {
     Plus,
     Minus,
     Times,
 }
-
-static FUNCTIONS: LazyLock<[Arc<ScalarUDF>; 3]> = LazyLock::new(|| {
-    [Arithmetic::Plus, Arithmetic::Minus, Arithmetic::Times].map(|arithmetic| {
-        let signature = Signature::any(2, Volatility::Immutable);
-        Arc::new(ScalarUDF::from(Checked { arithmetic, signature }))
-    })
-});
 
 impl Arithmetic {
     const fn of(op: Operator) -> Option<Self> {
@@ -190,25 +212,56 @@ impl Arithmetic {
         }
     }
 
-    fn call(self, left: Expr, right: Expr) -> Expr {
-        let function = Arc::clone(&FUNCTIONS[self as usize]);
-        Expr::ScalarFunction(ScalarFunction::new_udf(function, vec![left, right]))
+    const fn sign(self) -> char {
+        match self {
+            Self::Plus => '+',
+            Self::Minus => '-',
+            Self::Times => '*',
+        }
     }
 }
 
+/// A chain of arithmetic on integers of one type, from left to right, that fails on overflow. It is one function with
+/// many arguments, because the time to plan functions within functions is cubic in their depth.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Checked {
-    arithmetic: Arithmetic,
+    steps: Vec<Arithmetic>,
     signature: Signature,
+}
+
+impl Checked {
+    /// `left op right`; if `left` is such a chain, one step more of it.
+    fn call(left: Expr, op: Arithmetic, right: Expr) -> Expr {
+        let (mut steps, mut args) = match left {
+            Expr::ScalarFunction(ScalarFunction { func, args }) => match func.inner().downcast_ref::<Self>() {
+                Some(chain) => (chain.steps.clone(), args),
+                None => (Vec::new(), vec![Expr::ScalarFunction(ScalarFunction { func, args })]),
+            },
+            other => (Vec::new(), vec![other]),
+        };
+        steps.push(op);
+        args.push(right);
+        let signature = Signature::any(args.len(), Volatility::Immutable);
+        let function = Arc::new(ScalarUDF::from(Self { steps, signature }));
+        Expr::ScalarFunction(ScalarFunction::new_udf(function, args))
+    }
 }
 
 impl ScalarUDFImpl for Checked {
     fn name(&self) -> &str {
-        match self.arithmetic {
-            Arithmetic::Plus => "checked_add",
-            Arithmetic::Minus => "checked_subtract",
-            Arithmetic::Times => "checked_multiply",
+        "checked"
+    }
+
+    /// As without the check: `a + b`.
+    fn schema_name(&self, args: &[Expr]) -> Result<String> {
+        let mut name = String::new();
+        for (at, arg) in args.iter().enumerate() {
+            if let Some(step) = at.checked_sub(1).and_then(|at| self.steps.get(at)) {
+                name.extend([' ', step.sign(), ' ']);
+            }
+            name.push_str(&arg.schema_name().to_string());
         }
+        Ok(name)
     }
 
     fn signature(&self) -> &Signature {
@@ -220,11 +273,12 @@ impl ScalarUDFImpl for Checked {
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
-        let kernel = match self.arithmetic {
-            Arithmetic::Plus => add,
-            Arithmetic::Minus => sub,
-            Arithmetic::Times => mul,
-        };
-        apply(&args.args[0], &args.args[1], kernel)
+        let mut args = args.args.into_iter();
+        let first = args.next().ok_or_else(|| DataFusionError::Internal("arithmetic on nothing".to_owned()))?;
+        self.steps.iter().zip(args).try_fold(first, |sum, (step, arg)| match step {
+            Arithmetic::Plus => apply(&sum, &arg, add),
+            Arithmetic::Minus => apply(&sum, &arg, sub),
+            Arithmetic::Times => apply(&sum, &arg, mul),
+        })
     }
 }

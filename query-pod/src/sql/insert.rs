@@ -1,10 +1,17 @@
 //! `INSERT INTO t [(columns)] VALUES …`: from expressions to checked, encoded rows.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
+use arrow::array::{Array as _, ArrayRef};
 use arrow::datatypes::DataType;
-use datafusion::arrow::array::Array as _;
+use datafusion::common::tree_node::TreeNode as _;
 use datafusion::common::{DFSchema, ScalarValue};
+use datafusion::error::DataFusionError;
+use datafusion::execution::context::SessionState;
+use datafusion::logical_expr::simplify::SimplifyContext;
+use datafusion::logical_expr::{Expr as Logical, LogicalPlanBuilder};
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::sql::sqlparser::ast::{Expr, UnaryOperator, Value as Literal};
 use kalamdb_model::defaults::{DefaultCall, DefaultExpr};
 use kalamdb_model::names::SYSTEM_COLUMNS;
@@ -41,7 +48,7 @@ impl Sql {
         }
         let targets = targets(&table, &insert.columns)?;
         let mut used = vec![false; request.params.len()];
-        let evaluate = Evaluate { sql: self, request, snapshot, now_us: now_us() };
+        let evaluate = Evaluate { sql: self, request, snapshot, now_us: now_us(), session: OnceCell::new() };
         let mut rows = Vec::with_capacity(count);
         for (index, exprs) in insert.rows.iter().enumerate() {
             rows.push(evaluate.row(&table, &targets, index, exprs, &mut used)?);
@@ -53,10 +60,11 @@ impl Sql {
         let positions = table.key_positions();
         let encoded = rows.iter().map(|row| encode(&table, &positions, row)).collect();
         let key_text = |index: usize| shown_key(&table, &positions, &rows[index]);
-        let written = self
-            .engine
-            .insert(&table, &owner, encoded)
+        // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
+        let (engine, into) = (Arc::clone(&self.engine), Arc::clone(&table));
+        let written = tokio::spawn(async move { engine.insert(&into, &owner, encoded).await })
             .await
+            .map_err(|error| ApiError::internal(&error))?
             .map_err(|error| engine_errors::of_write(error, key_text))?;
         Ok(Answer::affected(written, format!("inserted {written} row(s)")))
     }
@@ -123,6 +131,8 @@ struct Evaluate<'a> {
     request: &'a Request<'a>,
     snapshot: &'a Arc<Snapshot>,
     now_us: i64,
+    /// For computed values; opened with the first.
+    session: OnceCell<SessionState>,
 }
 
 impl Evaluate<'_> {
@@ -266,23 +276,7 @@ impl Evaluate<'_> {
         if contains_placeholder(expr) {
             return Err("a parameter must be a value of its own, not part of an expression".to_owned());
         }
-        let plain = |error: datafusion::error::DataFusionError| error.strip_backtrace();
-        let state = self
-            .sql
-            .sessions
-            .open(self.request.identity, self.snapshot, self.request.namespace, false)
-            .map_err(plain)?;
-        let schema = DFSchema::empty();
-        let spoken = datafusion::sql::sqlparser::ast::ExprWithAlias { expr: expr.clone(), alias: None };
-        let logical = state.create_logical_expr_from_sql_expr(spoken, &schema).map_err(plain)?;
-        let physical = state.create_physical_expr(logical, &schema).map_err(plain)?;
-        let batch = arrow::array::RecordBatch::try_new_with_options(
-            Arc::new(arrow::datatypes::Schema::empty()),
-            Vec::new(),
-            &arrow::array::RecordBatchOptions::new().with_row_count(Some(1)),
-        )
-        .map_err(|error| error.to_string())?;
-        let array = physical.evaluate(&batch).and_then(|value| value.into_array(1)).map_err(plain)?;
+        let array = self.evaluate(expr).map_err(|error| plain(&error))?;
         if array.is_null(0) {
             return Ok(Value::Null);
         }
@@ -292,9 +286,84 @@ impl Evaluate<'_> {
         }
         let options = arrow::compute::CastOptions { safe: false, ..Default::default() };
         let cast = arrow::compute::cast_with_options(&array, &wanted, &options).map_err(|error| error.to_string())?;
-        let scalar = ScalarValue::try_from_array(&cast, 0).map_err(plain)?;
+        if rounds(&array, &cast).map_err(|error| error.to_string())? {
+            return Err(format!("the result would be rounded to {}; use ROUND or CAST", column.ty));
+        }
+        let scalar = ScalarValue::try_from_array(&cast, 0).map_err(|error| plain(&error))?;
         of_scalar(&scalar, &column.ty)
     }
+
+    /// One row of one column: what `expr` is, by the same rules as in a query.
+    fn evaluate(&self, expr: &Expr) -> Result<ArrayRef, DataFusionError> {
+        let state = self.session()?;
+        let schema = DFSchema::empty();
+        let spoken = datafusion::sql::sqlparser::ast::ExprWithAlias { expr: expr.clone(), alias: None };
+        let logical = state.create_logical_expr_from_sql_expr(spoken, &schema)?;
+        if logical.exists(|expr| Ok(needs_rows(expr)))? {
+            return Err(DataFusionError::Plan("VALUES takes no subqueries, aggregates or window functions".to_owned()));
+        }
+        let plan = LogicalPlanBuilder::empty(true).project([logical])?.build()?;
+        let options = state.config().options();
+        let analyzed = state.analyzer().execute_and_check(plan, options, |_, _| ())?;
+        let context = SimplifyContext::builder()
+            .with_schema(Arc::new(schema.clone()))
+            .with_config_options(Arc::clone(options))
+            .with_query_execution_start_time(chrono::DateTime::from_timestamp_micros(self.now_us))
+            .build();
+        let simplifier = ExprSimplifier::new(context);
+        let logical = analyzed.expressions().pop().ok_or_else(|| DataFusionError::Internal("no expression".to_owned()))?;
+        let physical = state.create_physical_expr(simplifier.simplify(logical)?, &schema)?;
+        let batch = arrow::array::RecordBatch::try_new_with_options(
+            Arc::new(arrow::datatypes::Schema::empty()),
+            Vec::new(),
+            &arrow::array::RecordBatchOptions::new().with_row_count(Some(1)),
+        )?;
+        physical.evaluate(&batch)?.into_array(1)
+    }
+
+    fn session(&self) -> Result<&SessionState, DataFusionError> {
+        if let Some(session) = self.session.get() {
+            return Ok(session);
+        }
+        let session = self.sql.sessions.open(self.request.identity, self.snapshot, self.request.namespace, false)?;
+        Ok(self.session.get_or_init(|| session))
+    }
+}
+
+/// What went wrong, without DataFusion's names for kinds of errors.
+fn plain(error: &DataFusionError) -> String {
+    match error.find_root() {
+        DataFusionError::Plan(message) | DataFusionError::Execution(message) | DataFusionError::NotImplemented(message) => {
+            message.clone()
+        }
+        DataFusionError::SchemaError(error, _) => error.to_string(),
+        DataFusionError::ArrowError(error, _) => error.to_string(),
+        DataFusionError::ResourcesExhausted(message) => message.clone(),
+        other => other.strip_backtrace(),
+    }
+}
+
+fn needs_rows(expr: &Logical) -> bool {
+    matches!(
+        expr,
+        Logical::AggregateFunction(_)
+            | Logical::WindowFunction(_)
+            | Logical::ScalarSubquery(_)
+            | Logical::Exists(_)
+            | Logical::InSubquery(_)
+            | Logical::SetComparison(_)
+            | Logical::Unnest(_)
+    )
+}
+
+/// Whether a number lost digits on its way into a column of whole numbers or decimals. Into FLOAT and DOUBLE every number
+/// is rounded, as a literal is.
+fn rounds(from: &ArrayRef, to: &ArrayRef) -> Result<bool, arrow::error::ArrowError> {
+    let exact = to.data_type().is_integer() || to.data_type().is_decimal();
+    if !exact || !from.data_type().is_numeric() {
+        return Ok(false);
+    }
+    Ok(*arrow::compute::cast(to, from.data_type())? != **from)
 }
 
 /// Whether a computed value of type `from` may become `to`: within numbers, within text, within times; never from text
@@ -322,6 +391,9 @@ fn of_scalar(scalar: &ScalarValue, ty: &ColumnType) -> Result<Value, String> {
         (ScalarValue::Int64(Some(v)), _) => Value::BigInt(*v),
         (ScalarValue::Float32(Some(v)), _) => Value::Float(*v),
         (ScalarValue::Float64(Some(v)), _) => Value::Double(*v),
+        (ScalarValue::Decimal128(Some(v), precision, _), _) if v.unsigned_abs() >= 10_u128.pow(u32::from(*precision)) => {
+            return Err(format!("the result is out of range for {ty}"));
+        }
         (ScalarValue::Decimal128(Some(v), _, _), _) => Value::Decimal(*v),
         (ScalarValue::Utf8(Some(v)), _) => text(v)?,
         (ScalarValue::Binary(Some(v)), _) => Value::Bytes(v.clone()),

@@ -3,8 +3,10 @@
 //! A statement is parsed once, here ([`parse`]); only queries reach DataFusion. Identity travels as an extension of the
 //! session and is read again inside every scan ([`provider`]).
 
-mod canonical;
+mod amplify;
+mod dialect;
 mod engine_errors;
+mod exact;
 mod functions;
 mod information_schema;
 mod insert;
@@ -13,7 +15,11 @@ pub mod parse;
 mod provider;
 mod query;
 mod session;
+mod sum;
+mod unfolding;
+mod weight;
 mod wildcard;
+mod workers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,6 +90,7 @@ pub struct Sql {
     sessions: session::Sessions,
     limits: SqlLimits,
     queries: Semaphore,
+    workers: workers::Workers,
     snowflake: Mutex<kalamdb_model::snowflake::Snowflake>,
     metrics: Arc<Metrics>,
 }
@@ -102,6 +109,7 @@ impl Sql {
             sessions: session::Sessions::new(&engine, &limits)?,
             engine,
             queries: Semaphore::new(limits.queries_max),
+            workers: workers::Workers::new()?,
             limits,
             // Ten random bits keep two processes from making the same id in the same millisecond, mostly; the primary
             // key check does the rest.
@@ -161,7 +169,9 @@ impl Sql {
         let own = Owner::User(request.identity.user.clone());
         let id = table.id;
         let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
-        let rows = self.engine.flush_matching(matches).await.map_err(|error| engine_errors::of_flush(&error))?;
+        let engine = Arc::clone(&self.engine);
+        let flushing = tokio::spawn(async move { engine.flush_matching(matches).await });
+        let rows = flushing.await.map_err(|error| ApiError::internal(&error))?.map_err(|error| engine_errors::of_flush(&error))?;
         Ok(Answer::affected(rows, format!("flushed {rows} row(s) of `{}`", table.name)))
     }
 

@@ -5,12 +5,13 @@ use std::ops::ControlFlow;
 use datafusion::sql::sqlparser::ast::{
     self, Expr, ObjectName, ObjectNamePart, Query, SetExpr, TableFactor, TableObject, Visit, Visitor,
 };
-use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::parser::Parser;
 use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer};
 use kalamdb_model::{SqlName, TableName};
 
+use super::dialect::KalamDialect;
+use super::unfolding;
 use crate::error::ApiError;
 
 /// A statement that is taken.
@@ -54,6 +55,9 @@ pub const TABLE_FUNCTIONS: [&str; 3] = ["generate_series", "range", "unnest"];
 /// Most operators and keywords between two commas on one level of parentheses.
 const CHAIN_MAX: usize = 1_000;
 
+/// Most opening parentheses in a row: in FROM the parser reads what is inside twice on each level.
+const PARENTHESES_MAX: usize = 16;
+
 /// Deepest nesting of a statement; the parser's own stack is bounded by it.
 const DEPTH_MAX: usize = 64;
 
@@ -81,12 +85,11 @@ impl TableRef {
 /// # Errors
 /// 400 with the position of a syntax error, or what is not taken and what is.
 pub fn parse(sql: &str) -> Result<Statement, ApiError> {
-    let dialect = PostgreSqlDialect {};
+    let dialect = KalamDialect::new(sql.len());
     let tokens = Tokenizer::new(&dialect, sql)
         .tokenize_with_location()
         .map_err(|error| ApiError::invalid("SYNTAX_ERROR", shorten(&error.to_string())))?;
     check_chains(&tokens)?;
-    let tokens = without_parentheses(tokens);
     let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
     if let Some(target) = storage_flush(&mut parser)? {
         return Ok(Statement::Flush(target));
@@ -115,28 +118,21 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
     }
 }
 
-/// `CURRENT_USER()` as `CURRENT_USER`, which is the only form that the parser's dialect knows.
-fn without_parentheses(tokens: Vec<TokenWithSpan>) -> Vec<TokenWithSpan> {
-    let mut out: Vec<TokenWithSpan> = Vec::with_capacity(tokens.len());
-    for token in tokens {
-        out.push(token);
-        let mut last = out.iter().rev().filter(|token| !matches!(token.token, Token::Whitespace(_)));
-        let is_call = matches!(last.next().map(|token| &token.token), Some(Token::RParen))
-            && matches!(last.next().map(|token| &token.token), Some(Token::LParen))
-            && matches!(last.next().map(|token| &token.token), Some(Token::Word(word)) if word.keyword == Keyword::CURRENT_USER);
-        if is_call {
-            let name = out.iter().rposition(|token| matches!(token.token, Token::Word(_)));
-            out.truncate(name.map_or(out.len(), |at| at + 1));
-        }
-    }
-    out
-}
-
 /// Refuses `1 + 1 + 1 + …` beyond [`CHAIN_MAX`]: the parser reads such a chain in a loop, but its tree is as deep as the
 /// chain is long, and whatever walks or drops the tree recurses.
 fn check_chains(tokens: &[TokenWithSpan]) -> Result<(), ApiError> {
     let mut levels = vec![0_usize];
+    let mut opened = 0;
     for TokenWithSpan { token, span } in tokens {
+        match token {
+            Token::LParen => opened += 1,
+            Token::Whitespace(_) => {}
+            _ => opened = 0,
+        }
+        if opened > PARENTHESES_MAX {
+            let message = format!("more than {PARENTHESES_MAX} opening parentheses in a row{}", span.start);
+            return Err(ApiError::invalid("STATEMENT_TOO_DEEP", message));
+        }
         match token {
             Token::Whitespace(_) => {}
             Token::LParen | Token::LBracket => levels.push(0),
@@ -155,7 +151,7 @@ fn check_chains(tokens: &[TokenWithSpan]) -> Result<(), ApiError> {
                     *level += 1;
                     if *level > CHAIN_MAX {
                         let message =
-                            format!("more than {CHAIN_MAX} operators in a row at {}; use IN or split it", span.start);
+                            format!("more than {CHAIN_MAX} operators in a row{}; use IN or split it", span.start);
                         return Err(ApiError::invalid("STATEMENT_TOO_DEEP", message));
                     }
                 }
@@ -179,12 +175,12 @@ fn syntax(error: datafusion::sql::sqlparser::parser::ParserError) -> ApiError {
 
 fn syntax_at(parser: &Parser<'_>, what: &str) -> ApiError {
     let token = parser.peek_token();
-    let message = format!("{what}, found: {} at {}", token.token, token.span.start);
+    let message = format!("{what}, found: {}{}", token.token, token.span.start);
     ApiError::invalid("SYNTAX_ERROR", shorten(&message))
 }
 
 /// A message quotes what was found; a megabyte of it helps nobody.
-fn shorten(message: &str) -> String {
+pub(super) fn shorten(message: &str) -> String {
     match message.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &message[..end]),
         None => message.to_owned(),
@@ -253,19 +249,68 @@ fn kind_of(statement: &ast::Statement) -> String {
     shorten(&words.join(" ").chars().take(40).collect::<String>())
 }
 
-fn query(statement: ast::Statement) -> Result<Statement, ApiError> {
-    let mut check = Check { names_system_columns: false };
+fn query(mut statement: ast::Statement) -> Result<Statement, ApiError> {
+    let mut check = Check { names_system_columns: false, maps: 0 };
     if let ControlFlow::Break(error) = statement.visit(&mut check) {
         return Err(error);
     }
+    unfolding::check(&statement)?;
     let names_system_columns = check.names_system_columns;
+    approximate_numbers(&mut statement);
     Ok(Statement::Query(Box::new(QueryStatement { statement, names_system_columns })))
+}
+
+/// `1.5e300` is a DOUBLE, as in the SQL standard; `1.5` is a decimal, which could not hold it.
+fn approximate_numbers(statement: &mut ast::Statement) {
+    let _ = ast::visit_expressions_mut(statement, |expr| {
+        // Numbers come before the sign that they have.
+        match expr {
+            Expr::Value(ast::ValueWithSpan { value: ast::Value::Number(text, _), .. }) if text.contains(['e', 'E']) => {
+                *expr = double(text.clone());
+            }
+            Expr::UnaryOp { op: ast::UnaryOperator::Minus, expr: inner } => {
+                if let Some(text) = as_double(inner).filter(|text| !text.starts_with('-')) {
+                    *expr = double(format!("-{text}"));
+                }
+            }
+            _ => {}
+        }
+        ControlFlow::<()>::Continue(())
+    });
+}
+
+/// `CAST('text' AS DOUBLE PRECISION)`.
+fn double(text: String) -> Expr {
+    Expr::Cast {
+        kind: ast::CastKind::Cast,
+        expr: Box::new(Expr::Value(ast::Value::SingleQuotedString(text).with_empty_span())),
+        data_type: ast::DataType::DoublePrecision,
+        array: false,
+        format: None,
+    }
+}
+
+/// The text of what [`double`] makes.
+fn as_double(expr: &Expr) -> Option<&str> {
+    let Expr::Cast { expr, data_type: ast::DataType::DoublePrecision, .. } = expr else { return None };
+    match &**expr {
+        Expr::Value(ast::ValueWithSpan { value: ast::Value::SingleQuotedString(text), .. }) => Some(text),
+        _ => None,
+    }
 }
 
 /// Refuses what a query must not hold, at any depth.
 struct Check {
     names_system_columns: bool,
+    /// Calls of `map` around the one that is looked at.
+    maps: usize,
 }
+
+/// Deepest nesting of calls of `map`: the planner plans its arguments twice, so ten deep it plans them 1,024 times.
+const MAP_DEPTH_MAX: usize = 8;
+
+/// Most grouping sets of one GROUP BY: each is computed on its own.
+const GROUPING_SETS_MAX: usize = 1_024;
 
 impl Check {
     fn note(&mut self, ident: &ast::Ident) {
@@ -298,7 +343,13 @@ impl Visitor for Check {
     }
 
     fn pre_visit_select(&mut self, select: &ast::Select) -> ControlFlow<ApiError> {
-        if select.into.is_some() { stop("SELECT INTO") } else { ControlFlow::Continue(()) }
+        if select.into.is_some() {
+            return stop("SELECT INTO");
+        }
+        if grouping_sets(&select.group_by) > GROUPING_SETS_MAX {
+            return too_deep(format!("GROUP BY has more than {GROUPING_SETS_MAX} grouping sets"));
+        }
+        ControlFlow::Continue(())
     }
 
     fn pre_visit_table_factor(&mut self, factor: &TableFactor) -> ControlFlow<ApiError> {
@@ -335,10 +386,43 @@ impl Visitor for Check {
         match expr {
             Expr::Identifier(ident) => self.note(ident),
             Expr::CompoundIdentifier(idents) => idents.iter().for_each(|ident| self.note(ident)),
+            Expr::Function(function) if is_map(function) => {
+                self.maps += 1;
+                if self.maps > MAP_DEPTH_MAX {
+                    return too_deep(format!("`map` nests deeper than {MAP_DEPTH_MAX} levels"));
+                }
+            }
             _ => {}
         }
         ControlFlow::Continue(())
     }
+
+    fn post_visit_expr(&mut self, expr: &Expr) -> ControlFlow<ApiError> {
+        if matches!(expr, Expr::Function(function) if is_map(function)) {
+            self.maps -= 1;
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+fn is_map(function: &ast::Function) -> bool {
+    function.name.to_string().eq_ignore_ascii_case("map")
+}
+
+fn too_deep(message: String) -> ControlFlow<ApiError> {
+    ControlFlow::Break(ApiError::invalid("STATEMENT_TOO_DEEP", message))
+}
+
+/// How many grouping sets `group_by` stands for.
+fn grouping_sets(group_by: &ast::GroupByExpr) -> usize {
+    let ast::GroupByExpr::Expressions(exprs, _) = group_by else { return 1 };
+    let sets = exprs.iter().map(|expr| match expr {
+        Expr::Cube(columns) => 1_usize.checked_shl(u32::try_from(columns.len()).unwrap_or(u32::MAX)).unwrap_or(usize::MAX),
+        Expr::Rollup(columns) => columns.len() + 1,
+        Expr::GroupingSets(sets) => sets.len(),
+        _ => 1,
+    });
+    sets.fold(1, usize::saturating_mul)
 }
 
 /// What of a query's body is not taken.

@@ -75,6 +75,12 @@ impl InstanceTable {
         state.create_physical_expr(all, &schema).map(Some)
     }
 
+    fn names_floats(&self, filter: &Expr) -> bool {
+        filter.column_refs().iter().any(|column| {
+            self.schema.field_with_name(column.name()).is_ok_and(|field| field.data_type().is_floating())
+        })
+    }
+
     fn files(
         &self,
         state: &dyn Session,
@@ -84,7 +90,9 @@ impl InstanceTable {
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let mut source = ParquetSource::new(Arc::clone(&self.schema));
-        if let Some(predicate) = self.predicate(state, filters)? {
+        // Files say nothing of NaN in their statistics, which is above every number: a filter on floats prunes nothing.
+        let pruning: Vec<Expr> = filters.iter().filter(|filter| !self.names_floats(filter)).cloned().collect();
+        if let Some(predicate) = self.predicate(state, &pruning)? {
             source = source.with_predicate(predicate);
         }
         let partitions = state.config().target_partitions().clamp(1, rows.view.manifest.files.len());
@@ -151,9 +159,10 @@ impl TableProvider for InstanceTable {
             .await
             .map_err(|error| DataFusionError::External(Box::new(error)))?
             .map_err(|error| external(super::engine_errors::of_read(&error)))?;
-        let batch = self.filter(state, filters, rows.buffered.clone())?;
-        let schema = batch.schema();
-        let hot = MemorySourceConfig::try_new_exec(&[vec![batch]], schema, wanted_of_decoded)?;
+        let batches = rows.buffered.iter().map(|batch| self.filter(state, filters, batch.clone()));
+        let batches: Vec<RecordBatch> = batches.collect::<Result<_>>()?;
+        let schema = batches.first().map_or_else(|| Arc::clone(&self.schema), RecordBatch::schema);
+        let hot = MemorySourceConfig::try_new_exec(&[batches], schema, wanted_of_decoded)?;
         if rows.view.manifest.files.is_empty() {
             return Ok(hot);
         }

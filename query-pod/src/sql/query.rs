@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::datatypes::DataType;
+use datafusion::common::tree_node::{TreeNode as _, TreeNodeRecursion};
 use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::error::DataFusionError;
 use datafusion::execution::context::SessionState;
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::logical_expr::expr::Placeholder;
+use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::physical_plan::execute_stream;
 use datafusion::sql::parser::Statement as PlannerStatement;
 use futures::StreamExt as _;
+use parquet::errors::ParquetError;
 
-use super::parse::QueryStatement;
-use super::{QUERY_WAIT, Request, Sql, canonical, params, session, wildcard};
+use super::parse::{self, QueryStatement};
+use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
 use crate::error::{ApiError, Kind};
 use crate::http::encode::{Answer, Encoder};
@@ -58,20 +61,30 @@ impl Sql {
         let state =
             self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns).map_err(explain)?;
         let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
+        // First of all: whatever else looks at a plan looks at it as often as it is heavy.
+        weight::check(&plan)?;
         refuse_writes(&plan)?;
-        let plan = canonical::uuids(bind(plan, request)?).map_err(explain)?;
-        let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
-        let mut encoder = Encoder::new(&physical.schema(), self.limits.answer_bytes_max)?;
-        let mut batches = execute_stream(physical, context(&state)).map_err(explain)?;
-        while let Some(batch) = batches.next().await {
-            encoder.push(&batch.map_err(explain)?)?;
-        }
-        Ok(encoder.finish())
+        let plan = bind(plan, request)?;
+        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone());
+        self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
     }
 }
 
-fn context(state: &SessionState) -> Arc<datafusion::execution::TaskContext> {
-    state.task_ctx()
+/// Optimizes and runs `plan`.
+async fn run(
+    state: SessionState,
+    plan: LogicalPlan,
+    snapshot: Arc<Snapshot>,
+    limits: super::SqlLimits,
+) -> Result<Answer, ApiError> {
+    let explain = |error| of_datafusion(error, &snapshot, &limits);
+    let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
+    let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max)?;
+    let mut batches = execute_stream(physical, state.task_ctx()).map_err(explain)?;
+    while let Some(batch) = batches.next().await {
+        encoder.push(&batch.map_err(explain)?)?;
+    }
+    Ok(encoder.finish())
 }
 
 /// The second lock on the same door: whatever the parser let through, a plan that writes or changes the session is not
@@ -88,7 +101,7 @@ fn refuse_writes(plan: &LogicalPlan) -> Result<(), ApiError> {
 
 fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiError> {
     let invalid = |error: DataFusionError| ApiError::invalid("INVALID_PARAMETER", error.strip_backtrace());
-    let inferred = plan.get_parameter_types().map_err(invalid)?;
+    let inferred = parameter_types(&plan).map_err(invalid)?;
     check_numbers(&inferred, request.params.len())?;
     if inferred.is_empty() {
         return Ok(plan);
@@ -99,6 +112,32 @@ fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiErro
         values.push(params::parameter(number, raw, wanted)?);
     }
     plan.with_param_values(ParamValues::from(values)).map_err(invalid)
+}
+
+/// The type that the planner inferred for each placeholder of `plan`; none where it has none, or more than one.
+fn parameter_types(plan: &LogicalPlan) -> Result<HashMap<String, Option<DataType>>, DataFusionError> {
+    let mut inferred: HashMap<String, Option<DataType>> = HashMap::new();
+    let mut note = |placeholder: &Placeholder, ty: Option<&DataType>| match (inferred.get_mut(&placeholder.id), ty) {
+        (Some(known), Some(ty)) if known.as_ref() != Some(ty) => *known = None,
+        (Some(_), _) => {}
+        (None, ty) => {
+            inferred.insert(placeholder.id.clone(), ty.cloned());
+        }
+    };
+    plan.apply_with_subqueries(|plan| {
+        // LIMIT and OFFSET take integers, which the planner does not infer.
+        let is_limit = matches!(plan, LogicalPlan::Limit(_));
+        plan.apply_expressions(|expr| {
+            expr.apply(|expr| {
+                if let Expr::Placeholder(placeholder) = expr {
+                    let field = placeholder.field.as_ref().map(|field| field.data_type());
+                    note(placeholder, field.or(is_limit.then_some(&DataType::Int64)));
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })
+    })?;
+    Ok(inferred)
 }
 
 /// Every placeholder is `$1`, `$2`, … and has a value; every value has a placeholder.
@@ -130,10 +169,16 @@ fn check_numbers(inferred: &HashMap<String, Option<DataType>>, sent: usize) -> R
 /// What DataFusion says, for the client. Its plan and value errors speak of the caller's own statement; everything else
 /// is ours, and goes to the log.
 pub(super) fn of_datafusion(error: DataFusionError, snapshot: &Snapshot, limits: &super::SqlLimits) -> ApiError {
+    let mut said = classify(&error, snapshot, limits);
+    said.message = parse::shorten(&said.message);
+    said
+}
+
+fn classify(error: &DataFusionError, snapshot: &Snapshot, limits: &super::SqlLimits) -> ApiError {
     match error.find_root() {
         DataFusionError::External(inner) => match inner.downcast_ref::<ApiError>() {
             Some(ours) => ours.clone(),
-            None => storage_or_internal(&error),
+            None => storage_or_internal(error),
         },
         DataFusionError::ResourcesExhausted(_) => ApiError::new(
             Kind::TooLarge,
@@ -150,8 +195,8 @@ pub(super) fn of_datafusion(error: DataFusionError, snapshot: &Snapshot, limits:
         DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
             ApiError::invalid("INVALID_VALUE", message.clone())
         }
-        DataFusionError::ArrowError(arrow, _) => of_arrow(arrow, &error),
-        _ => storage_or_internal(&error),
+        DataFusionError::ArrowError(arrow, _) => of_arrow(arrow, error),
+        _ => storage_or_internal(error),
     }
 }
 
@@ -171,7 +216,7 @@ fn of_arrow(arrow: &arrow::error::ArrowError, whole: &DataFusionError) -> ApiErr
 fn storage_or_internal(error: &DataFusionError) -> ApiError {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(inner) = source {
-        if inner.downcast_ref::<object_store::Error>().is_some() {
+        if is_of_store(inner) {
             tracing::warn!(error = %crate::error::Chain(error), "a query could not read its files");
             return ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; try again");
         }
@@ -180,8 +225,55 @@ fn storage_or_internal(error: &DataFusionError) -> ApiError {
     ApiError::internal(error)
 }
 
+/// Whether an error is an object store's. On the way through Parquet and DataFusion it may have been boxed, which makes it
+/// another type.
+fn is_of_store(error: &(dyn std::error::Error + 'static)) -> bool {
+    let boxed = error.downcast_ref::<Box<object_store::Error>>().is_some();
+    let wrapped = error.downcast_ref::<DataFusionError>().is_some_and(|e| matches!(e, DataFusionError::ObjectStore(_)));
+    let parquet = error.downcast_ref::<Box<ParquetError>>().map(|error| &**error).or_else(|| error.downcast_ref());
+    let external = match parquet {
+        Some(ParquetError::External(inner)) => is_of_store(inner.as_ref()),
+        // Where DataFusion fetches a footer it keeps nothing of the error but its text.
+        Some(ParquetError::General(text)) => text.contains("Object Store error: "),
+        _ => false,
+    };
+    boxed || wrapped || external || error.downcast_ref::<object_store::Error>().is_some()
+}
+
 /// The name in DataFusion's `table 'kalam.app.t' not found`, as the client wrote it.
 fn missing_table(message: &str) -> Option<String> {
     let name = message.strip_prefix("table '")?.strip_suffix("' not found")?;
     Some(name.strip_prefix("kalam.").unwrap_or(name).trim_start_matches('.').to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_stores_error_is_known_however_it_is_wrapped() {
+        let lost = || object_store::Error::Generic { store: "S3", source: "connection refused".into() };
+        let parquet = || ParquetError::External(Box::new(lost()));
+        for error in [
+            DataFusionError::ObjectStore(Box::new(lost())),
+            DataFusionError::External(Box::new(lost())),
+            DataFusionError::ParquetError(Box::new(parquet())),
+            DataFusionError::External(Box::new(parquet())),
+            DataFusionError::ParquetError(Box::new(ParquetError::General(format!(
+                "Failed to fetch metadata for file x: {}",
+                DataFusionError::ObjectStore(Box::new(lost()))
+            )))),
+            DataFusionError::ArrowError(
+                Box::new(arrow::error::ArrowError::ExternalError(Box::new(parquet()))),
+                None,
+            ),
+            DataFusionError::Shared(Arc::new(DataFusionError::ParquetError(Box::new(parquet())))),
+            DataFusionError::Context("reading".to_owned(), Box::new(DataFusionError::ObjectStore(Box::new(lost())))),
+        ] {
+            let shown = error.to_string();
+            assert_eq!(storage_or_internal(&error).code, "STORAGE_UNAVAILABLE", "{shown}");
+        }
+        let ours = DataFusionError::Internal("a mistake".to_owned());
+        assert_eq!(storage_or_internal(&ours).code, "INTERNAL");
+    }
 }

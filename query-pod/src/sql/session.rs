@@ -13,13 +13,13 @@ use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
 use datafusion::execution::object_store::ObjectStoreRegistry;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::session_state::SessionStateBuilder;
-use datafusion::logical_expr::ScalarUDF;
+use datafusion::logical_expr::{AggregateUDF, ScalarUDF};
 use datafusion::prelude::SessionConfig;
 use kalamdb_model::{SqlName, StorageName, TableName};
 use object_store::ObjectStore;
 
 use super::parse::TABLE_FUNCTIONS;
-use super::{SqlLimits, functions, information_schema, provider};
+use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum};
 use crate::auth::Identity;
 use crate::catalog::{CatalogHandle, Snapshot};
 use crate::engine::{Engine, RootKey, Storages};
@@ -50,6 +50,9 @@ impl Sessions {
             .build_arc()?;
         let template = SessionStateBuilder::new_with_default_features()
             .with_config(config())
+            .with_scalar_functions(scalar_functions(limits))
+            .with_aggregate_functions(aggregate_functions())
+            .with_analyzer_rules(exact::analyzer_rules())
             .with_runtime_env(Arc::clone(&runtime))
             .with_table_functions(table_functions())
             .with_table_factories(HashMap::new())
@@ -116,6 +119,15 @@ fn table_functions() -> HashMap<String, Arc<TableFunction>> {
         .filter(|function| TABLE_FUNCTIONS.contains(&function.name()))
         .map(|function| (function.name().to_owned(), function))
         .collect()
+}
+
+fn scalar_functions(limits: &SqlLimits) -> Vec<Arc<ScalarUDF>> {
+    amplify::bounded(SessionStateDefaults::default_scalar_functions(), limits.query_memory_bytes)
+}
+
+fn aggregate_functions() -> Vec<Arc<AggregateUDF>> {
+    let others = SessionStateDefaults::default_aggregate_functions().into_iter().filter(|function| function.name() != "sum");
+    others.chain([sum::function()]).collect()
 }
 
 /// Registers a scalar function in a session.
@@ -239,6 +251,8 @@ impl SchemaProvider for Tables {
         }
         let entry = self.entry(name).and_then(|name| self.visible.snapshot.table(&name).cloned());
         let Some(entry) = entry else { return Ok(None) };
+        // Said again by every scan; here, so that EXPLAIN tells no columns of a table that may not be read.
+        owner_for(&entry, &self.visible.identity, false).map_err(|error| DataFusionError::External(Box::new(error)))?;
         let engine = Arc::clone(&self.visible.engine);
         Ok(Some(Arc::new(provider::InstanceTable::new(engine, entry, self.visible.system_columns))))
     }

@@ -11,7 +11,7 @@ use arrow::array::{Array, ArrayRef, AsArray as _, BooleanArray, Decimal128Array,
 use arrow::datatypes::{DECIMAL128_MAX_PRECISION, DataType, Decimal128Type, Field, FieldRef, Int64Type};
 use arrow::error::ArrowError;
 use datafusion::common::{Result, ScalarValue};
-use datafusion::functions_aggregate::sum::{Sum, sum_udaf};
+use datafusion::functions_aggregate::sum::Sum;
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
 use datafusion::logical_expr::utils::format_state_name;
 use datafusion::logical_expr::{
@@ -156,15 +156,6 @@ impl AggregateUDFImpl for ExactSum {
     fn order_sensitivity(&self) -> datafusion::logical_expr::utils::AggregateOrderSensitivity {
         self.inner.order_sensitivity()
     }
-
-    fn documentation(&self) -> Option<&datafusion::logical_expr::Documentation> {
-        sum_documentation()
-    }
-}
-
-fn sum_documentation() -> Option<&'static datafusion::logical_expr::Documentation> {
-    static INNER: std::sync::LazyLock<Arc<AggregateUDF>> = std::sync::LazyLock::new(sum_udaf);
-    INNER.documentation()
 }
 
 /// The sum of one group or window.
@@ -304,10 +295,6 @@ impl GroupsAccumulator for GroupSums {
             Ok(())
         })?;
         Ok(vec![self.exact.states(&sums)?])
-    }
-
-    fn supports_convert_to_state(&self) -> bool {
-        true
     }
 
     fn size(&self) -> usize {

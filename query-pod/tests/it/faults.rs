@@ -63,7 +63,7 @@ async fn seen(world: &World, engine: &Arc<Engine>, table: &Arc<TableEntry>, owne
     let ids = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
     let rows = engine.read(table, owner, &[0], None)?;
     ensure!(rows.root == RootKey::of(&table.location));
-    let mut all = ids(&rows.buffered);
+    let mut all: Vec<i64> = rows.buffered.iter().flat_map(ids).collect();
     for file in &rows.view.manifest.files {
         let path = object_store::path::Path::parse(&file.path)?;
         let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
@@ -115,7 +115,7 @@ async fn flushes_over_a_failing_store_lose_and_double_nothing_across_restarts() 
             engine.flush(&Engine::instance_id(&table, &owner)).await?;
             let now = seen(&world, &engine, &table, &owner).await?;
             ensure!(now == expected[at].iter().copied().collect::<Vec<_>>(), "seed {}: {name} after healing", seed + round);
-            ensure!(engine.read(&table, &owner, &[0], None)?.buffered.num_rows() == 0, "everything is in files now");
+            ensure!(engine.read(&table, &owner, &[0], None)?.buffered[0].num_rows() == 0, "everything is in files now");
         }
         engine.close(Duration::from_secs(5)).await;
     }

@@ -2,3 +2,80 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod failure;
+mod faults;
+mod isolation;
+mod limits;
+mod manifests;
+mod sql;
+mod types;
+
+use anyhow::ensure;
+use kalamdb_test_support::pod::{Answer, Pod};
+use serde_json::{Value, json};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_kalamdb-query-pod");
+
+/// A storage on the local file system, the namespace `app`, and `tables`.
+fn declare(tables: &[String]) -> String {
+    let head = "
+apiVersion: kalamdb.org/v1alpha1
+kind: Storage
+metadata: {name: local}
+spec:
+  type: Filesystem
+  filesystem: {path: ./files}
+  userTablesTemplate: users/{userId}/{namespace}/{tableName}
+  sharedTablesTemplate: shared/{namespace}/{tableName}
+---
+apiVersion: kalamdb.org/v1alpha1
+kind: Namespace
+metadata: {name: app}
+spec: {defaultStorage: local}
+";
+    format!("{head}{}", tables.concat())
+}
+
+/// A table in `app` with columns like `id, type: BIGINT, primaryKey: true`, and more lines of its spec.
+fn table(kind: &str, name: &str, columns: &[&str], more: &[&str]) -> String {
+    let columns: Vec<String> = columns.iter().map(|column| format!("    - {{name: {column}}}\n")).collect();
+    let more: Vec<String> = more.iter().map(|line| format!("  {line}\n")).collect();
+    format!(
+        "---\napiVersion: kalamdb.org/v1alpha1\nkind: {kind}\nmetadata: {{name: app.{}}}\nspec:\n  namespaceRef: app\n  \
+         tableName: {name}\n  columns:\n{}{}",
+        name.replace('_', "-"),
+        columns.concat(),
+        more.concat()
+    )
+}
+
+fn user_table(name: &str, columns: &[&str]) -> String {
+    table("UserTable", name, columns, &["flushPolicy: {rows: 100000, interval: 24h}"])
+}
+
+/// The rows of a statement with parameters.
+async fn rows(pod: &Pod, user: &str, sql: &str, params: Value) -> anyhow::Result<Value> {
+    let answer = pod.sql(user, sql, params).await?;
+    ensure!(answer.status == 200, "{sql}: {}", answer.text);
+    Ok(answer.body["results"][0]["rows"].clone())
+}
+
+/// Checks what a query without parameters returns.
+async fn returns(pod: &Pod, user: &str, sql: &str, expected: Value) -> anyhow::Result<()> {
+    let found = rows(pod, user, sql, json!([])).await?;
+    ensure!(found == expected, "{sql}\n returned {found}\n expected {expected}");
+    Ok(())
+}
+
+/// Checks that a statement is refused, and returns the message.
+async fn refused(pod: &Pod, sql: &str, params: Value, status: u16, code: &str) -> anyhow::Result<String> {
+    let answer = pod.sql("alice", sql, params).await?;
+    refusal(sql, &answer, status, code)
+}
+
+fn refusal(what: &str, answer: &Answer, status: u16, code: &str) -> anyhow::Result<String> {
+    let what: String = what.chars().take(200).collect();
+    ensure!((answer.status, answer.code()) == (status, code), "{what}: {}", answer.text);
+    ensure!(answer.body["results"] == json!([]) && answer.body["status"] == "error", "{what}: {}", answer.text);
+    ensure!(!answer.message().is_empty() && answer.message().len() < 2_000, "{what}: {}", answer.text);
+    Ok(answer.message().to_owned())
+}

@@ -1,0 +1,251 @@
+//! Every bound has its own error, and the pod goes on.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use futures::StreamExt as _;
+use kalamdb_test_support::pod::{Home, Pod};
+use serde_json::{Value, json};
+
+use super::{BINARY, declare, refusal, refused, returns, user_table};
+
+fn manifests() -> String {
+    declare(&[user_table("t", &["id, type: BIGINT, primaryKey: true, default: SNOWFLAKE_ID()", "body, type: TEXT"])])
+}
+
+async fn start(flags: &[&str]) -> anyhow::Result<(Home, Pod)> {
+    let mut home = Home::new(BINARY, &manifests())?;
+    home.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+    let pod = home.start().await?;
+    Ok((home, pod))
+}
+
+async fn still_answers(pod: &Pod, rows: u64) -> anyhow::Result<()> {
+    returns(pod, "alice", "SELECT count(*) FROM app.t", json!([[rows.to_string()]])).await
+}
+
+#[tokio::test]
+async fn sizes_are_bounded_and_each_error_names_its_bound() -> anyhow::Result<()> {
+    let (_home, pod) = start(&[
+        "--body-bytes-max=60000",
+        "--statement-bytes-max=20000",
+        "--params-max=10",
+        "--insert-rows-max=100",
+        "--row-bytes-max=5000",
+        "--answer-bytes-max=20000",
+    ])
+    .await?;
+    let text = |bytes: usize| "x".repeat(bytes);
+    let values = |rows: usize| format!("INSERT INTO app.t (body) VALUES {}", vec!["('x')"; rows].join(","));
+    let sized = |bytes: usize| format!("SELECT '{}' = ''", text(bytes - "SELECT '' = ''".len()));
+    #[rustfmt::skip]
+    let over: Vec<(String, Value, &str, &str)> = vec![
+        (sized(60_000), json!([]), "REQUEST_TOO_LARGE", "60000 bytes"),
+        (sized(20_001), json!([]), "STATEMENT_TOO_LARGE", "20001 bytes, at most 20000"),
+        ("SELECT 1".to_owned(), json!((0..11).collect::<Vec<_>>()), "TOO_MANY_PARAMETERS", "11 parameters were sent, at most 10"),
+        (values(101), json!([]), "TOO_MANY_ROWS", "101 rows, at most 100"),
+        (format!("INSERT INTO app.t (body) VALUES ('a'), ('{}')", text(5_001)), json!([]), "ROW_TOO_LARGE", "row 2 has"),
+        ("INSERT INTO app.t (body) VALUES ($1)".to_owned(), json!([text(5_001)]), "ROW_TOO_LARGE", "at most 5000"),
+        ("SELECT value FROM generate_series(1, 3000)".to_owned(), json!([]), "ANSWER_TOO_LARGE", "20000 bytes"),
+        ("SELECT repeat('x', 20001)".to_owned(), json!([]), "ANSWER_TOO_LARGE", "20000 bytes"),
+    ];
+    for (sql, params, code, says) in over {
+        let message = refused(&pod, &sql, params, 413, code).await?;
+        ensure!(message.contains(says), "{message}");
+        still_answers(&pod, 0).await?;
+    }
+    returns(&pod, "alice", &sized(20_000), json!([[false]])).await?;
+    ensure!(pod.run("alice", &values(100), json!([])).await? == 100);
+    ensure!(pod.run("alice", "INSERT INTO app.t (body) VALUES ($1)", json!([text(4_900)])).await? == 1);
+    let ten = json!((0..10).collect::<Vec<_>>());
+    ensure!(pod.sql("alice", "SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10", ten).await?.status == 200);
+    still_answers(&pod, 101).await?;
+    // A body without an end is cut off at the bound, not kept.
+    let endless = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(vec![b' '; 8_192])).take(10_000);
+    let authorization = format!("Bearer {}", pod.token("alice", "user")?);
+    if let Ok(answer) = pod.send(Some(&authorization), reqwest::Body::wrap_stream(endless)).await {
+        refusal("an endless body", &answer, 413, "REQUEST_TOO_LARGE")?;
+    }
+    still_answers(&pod, 101).await
+}
+
+/// Runs for ever, and can be stopped at any time.
+const ENDLESS: &str = "SELECT count(*) FROM generate_series(1, 1000000000000) WHERE value % 7 = 8";
+
+/// Runs for seconds, in which it cannot be stopped.
+const STUBBORN: &str = "SELECT count(*) FROM generate_series(1, 60000) a, generate_series(1, 60000) b WHERE a.value * b.value < 0";
+
+#[tokio::test]
+async fn time_memory_and_number_of_queries_are_bounded() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--query-timeout-secs=3", "--query-memory-bytes=8000000", "--queries-max=2"]).await?;
+    let started = Instant::now();
+    let endless = || pod.sql("alice", ENDLESS, json!([]));
+    let third = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        pod.sql("bob", "SELECT 1", json!([])).await
+    };
+    let (first, second, third) = tokio::join!(endless(), endless(), third);
+    ensure!(started.elapsed() < Duration::from_secs(6), "it took {:?}", started.elapsed());
+    for answer in [first?, second?] {
+        let message = refusal(ENDLESS, &answer, 503, "QUERY_TIMEOUT")?;
+        ensure!(message.contains("3 s"), "{message}");
+    }
+    let message = refusal("a third query", &third?, 429, "TOO_MANY_QUERIES")?;
+    ensure!(message.contains("2 queries"), "{message}");
+    still_answers(&pod, 0).await?;
+    for sql in [
+        "SELECT count(*) FROM (SELECT value * 7919 % 3000017 AS g, count(*) FROM generate_series(1, 3000000) GROUP BY g) x",
+        "SELECT value FROM generate_series(1, 3000000) ORDER BY value % 1000 LIMIT 10 OFFSET 2999990",
+        "SELECT count(*) FROM generate_series(1, 2000000) a JOIN generate_series(1, 2000000) b ON a.value = b.value",
+    ] {
+        let message = refused(&pod, sql, json!([]), 413, "QUERY_MEMORY_EXCEEDED").await?;
+        ensure!(message.contains("8000000 bytes"), "{message}");
+        still_answers(&pod, 0).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn queries_that_do_not_pause_hold_up_no_write_and_no_probe() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--query-timeout-secs=1"]).await?;
+    let stubborn = async || -> anyhow::Result<Duration> {
+        let started = Instant::now();
+        let answer = pod.sql("alice", STUBBORN, json!([])).await?;
+        ensure!(answer.status == 200 || answer.code() == "QUERY_TIMEOUT", "{}", answer.text);
+        Ok(started.elapsed())
+    };
+    let others = async {
+        let started = Instant::now();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        for _ in 0..10 {
+            ensure!(pod.run("bob", "INSERT INTO app.t (body) VALUES ('x')", json!([])).await? == 1);
+            ensure!(pod.get("/readyz").await?.0 == 200);
+        }
+        Ok(started.elapsed())
+    };
+    let (a, b, c, others) = tokio::try_join!(stubborn(), stubborn(), stubborn(), others)?;
+    ensure!(others < Duration::from_millis(1_500), "ten inserts took {others:?}");
+    for elapsed in [a, b, c] {
+        ensure!(elapsed < Duration::from_secs(3), "the timeout of a second was kept after {elapsed:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn deep_and_long_statements_are_answered_and_never_end_the_pod() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--query-timeout-secs=5"]).await?;
+    let times = |n: usize, text: &str| text.repeat(n);
+    let nested = |n: usize, open: &str, inner: &str, close: &str| format!("SELECT {}{inner}{}", open.repeat(n), close.repeat(n));
+    let chain = |n: usize, item: &str, by: &str| vec![item; n].join(by);
+    let mut statements = Vec::new();
+    for n in [10, 40, 70, 1_000, 20_000] {
+        statements.extend([
+            nested(n, "(", "1", ")"),
+            nested(n, "(SELECT ", "1", ")"),
+            nested(n, "abs(", "1", ")"),
+            nested(n, "NOT ", "true", ""),
+            nested(n, "- ", "1", ""),
+            nested(n, "[", "1", "]"),
+            nested(n, "CASE WHEN true THEN ", "1", " END"),
+            nested(n, "CAST(", "1", " AS INT)"),
+            nested(n, "1 + (", "1", ")"),
+            nested(n, "EXISTS (SELECT 1 WHERE ", "true", ")"),
+            format!("SELECT * FROM {}app.t{}", times(n, "(SELECT * FROM "), times(n, ") x")),
+            format!("SELECT * FROM {}app.t{}", times(n, "("), times(n, ")")),
+            format!("SELECT 1 {}", times(n, "/* ")),
+            format!("SELECT 1{}", times(n, "::int")),
+            format!("SELECT a{}", times(n, "[1]")),
+            format!("SELECT a{}", times(n, ".b")),
+            format!("SELECT '{{}}'{}", times(n, "->'a'")),
+            format!("INSERT INTO app.t (body) VALUES ({}'x'{})", times(n, "upper("), times(n, ")")),
+            format!("INSERT INTO app.t (body) VALUES ({}'x')", times(n, "'y' || ")),
+            format!("EXPLAIN {}SELECT 1", times(n, "EXPLAIN ")),
+            format!("SELECT * FROM {}app.t a JOIN app.t b ON true{}", times(n, "("), times(n, ")")),
+        ]);
+    }
+    for n in [100, 900, 1_100, 20_000] {
+        statements.extend([
+            format!("SELECT {}", chain(n, "1", " + ")),
+            format!("SELECT {}", chain(n, "'a'", " || ")),
+            format!("SELECT 1 FROM app.t WHERE {}", chain(n, "id = 1", " OR ")),
+            format!("SELECT 1 FROM app.t WHERE {}", chain(n, "id = 1", " AND ")),
+            format!("SELECT 1 FROM app.t WHERE id IN ({})", chain(n, "1", ",")),
+            format!("SELECT {}", chain(n, "1", ",")),
+            chain(n, "SELECT 1", " UNION ALL "),
+            chain(n, "SELECT 1", " UNION "),
+            format!("VALUES {}", chain(n, "(1)", ",")),
+            format!("SELECT CASE {} END", chain(n, "WHEN 1 = 2 THEN 3", " ")),
+            format!("SELECT 1 FROM {}", chain(n.min(1_100), "app.t", ",")),
+            format!("SELECT coalesce({})", chain(n, "NULL", ",")),
+            format!("SELECT '{}'", times(n, "x")),
+            format!("SELECT 1{}", times(n, ";")),
+        ]);
+    }
+    // Each of them once more with an error at its innermost: whatever the parser tries next, it tries on each level.
+    for at in 0..statements.len() {
+        statements.push(statements[at].replacen("1", "1 1 +", 1).replacen("app.t", "app.t t t", 1));
+    }
+    let ctes = |n: usize| (1..n).map(|i| format!(", c{i} AS (SELECT * FROM c{})", i - 1)).collect::<String>();
+    let joins = |n: usize| (1..n).map(|i| format!(" JOIN app.t t{i} ON t{i}.id = t0.id")).collect::<String>();
+    for n in [20, 60, 150] {
+        statements.push(format!("WITH c0 AS (SELECT * FROM app.t){} SELECT * FROM c{}", ctes(n), n - 1));
+        statements.push(format!("SELECT 1 FROM app.t t0{}", joins(n.min(60))));
+    }
+    let doubling: String = (1..40).map(|i| format!(", c{i} AS (SELECT * FROM c{0} UNION ALL SELECT * FROM c{0})", i - 1)).collect();
+    statements.push(format!("WITH c0 AS (SELECT 1 AS x){doubling} SELECT count(*) FROM c39"));
+    let computed: String = (1..40).map(|i| format!(", c{i} AS (SELECT x + x AS x FROM c{})", i - 1)).collect();
+    statements.push(format!("WITH c0 AS (SELECT id AS x FROM app.t){computed} SELECT * FROM c39 WHERE x > 1"));
+    let crossed: String = (1..40).map(|i| format!(", c{i} AS (SELECT a.x FROM c{0} a, c{0} b)", i - 1)).collect();
+    statements.push(format!("WITH c0 AS (SELECT 1 AS x){crossed} SELECT count(*) FROM c39 WHERE x = $1"));
+    statements.push(format!("SELECT 1 FROM app.t GROUP BY CUBE({})", chain(30, "id", ",")));
+    statements.push(format!("SELECT 1 FROM app.t GROUP BY {}", chain(12, "ROLLUP(id, body)", ",")));
+    for sql in &statements {
+        let started = Instant::now();
+        let shown: String = sql.chars().take(80).collect();
+        let answer = pod.sql("alice", sql, json!([])).await.map_err(|error| error.context(format!("{shown}… ({} bytes)", sql.len())))?;
+        ensure!([200, 400, 404, 413, 503].contains(&answer.status), "{shown}… ({} bytes): {}", sql.len(), &answer.text[..answer.text.len().min(400)]);
+        ensure!(started.elapsed() < Duration::from_secs(10), "{shown}… took {:?}", started.elapsed());
+        if started.elapsed() > Duration::from_millis(300) { eprintln!("SLOW {:?} {} {shown}", started.elapsed(), answer.status); }
+        ensure!(answer.text.len() < 2_000 || answer.status == 200, "{shown}…: {}", answer.text);
+    }
+    ensure!(pod.sql("alice", "SELECT 1", json!([])).await?.status == 200);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_function_that_makes_much_of_little_is_refused() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--query-timeout-secs=5"]).await?;
+    for expression in [
+        "repeat('x', 2000000000)",
+        "repeat(repeat('x', 100000), 100000)",
+        "lpad('x', 2000000000)",
+        "rpad('x', 2000000000, 'yz')",
+        "array_repeat(1, 10000000000)",
+        "array_repeat(repeat('x', 1000000), 1000000)",
+        "array_resize([1], 10000000000, 2)",
+        "range(10000000000)",
+        "generate_series(1, 10000000000)",
+        "generate_series(TIMESTAMP '1970-01-01', TIMESTAMP '2970-01-01', INTERVAL '1 microsecond')",
+    ] {
+        for sql in [
+            format!("SELECT {expression}"),
+            format!("SELECT count(*) FROM (VALUES (1), (2)) v(x) WHERE {expression} IS NULL"),
+            format!("INSERT INTO app.t (body) VALUES (CAST({expression} AS TEXT))"),
+        ] {
+            let answer = pod.sql("alice", &sql, json!([])).await?;
+            ensure!([400, 413].contains(&answer.status), "{sql}: {}", &answer.text[..answer.text.len().min(400)]);
+        }
+    }
+    still_answers(&pod, 0).await?;
+    for (expression, expected) in [
+        ("length(repeat('ab', 1000))", json!([[2_000]])),
+        ("length(lpad('x', 1000))", json!([[1_000]])),
+        ("array_repeat(1, 3)", json!([[["1", "1", "1"]]])),
+        ("generate_series(1, 3)", json!([[["1", "2", "3"]]])),
+        ("range(0, 10, 4)", json!([[["0", "4", "8"]]])),
+        ("array_resize([1], 3, 2)", json!([[["1", "2", "2"]]])),
+    ] {
+        returns(&pod, "alice", &format!("SELECT {expression}"), expected).await?;
+    }
+    Ok(())
+}
