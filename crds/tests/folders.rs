@@ -22,6 +22,9 @@ fn examples(names: &[&str]) -> Vec<(String, String)> {
         let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../examples").join(name);
         for entry in std::fs::read_dir(path).expect("the example is there") {
             let path = entry.expect("readable").path();
+            if path.extension().is_none_or(|extension| extension != "yaml") {
+                continue;
+            }
             found.push((path.display().to_string(), std::fs::read_to_string(path).expect("readable")));
         }
     }

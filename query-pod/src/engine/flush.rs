@@ -7,6 +7,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use bytes::Bytes;
@@ -24,6 +25,9 @@ use super::storages::StoragesError;
 use super::{EPOCH, Engine, RootKey, now_us};
 use crate::crash;
 
+/// How long whoever asks for a flush waits for an earlier one, and for the end.
+pub(super) const WAIT: Duration = Duration::from_secs(10);
+
 /// What a flush did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flushed {
@@ -40,6 +44,9 @@ pub enum FlushError {
     /// The instance.
     #[error("failed to load the instance")]
     Instance(#[from] InstanceError),
+    /// Another flush of the instance, or its storage, takes too long to wait for.
+    #[error("the flush goes on, and takes longer than {} s", WAIT.as_secs())]
+    Waiting,
     /// Freezing.
     #[error("failed to freeze the buffered rows")]
     Freeze(#[from] CommitError),
@@ -81,7 +88,8 @@ impl Engine {
     /// See [`FlushError`]; trying again is always right.
     pub async fn flush(self: &Arc<Self>, id: &InstanceId) -> Result<Flushed, FlushError> {
         let instance = self.instances.get(id)?;
-        let _one_at_a_time = instance.flushes.lock().await;
+        let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
+        let _one_at_a_time = earlier.map_err(|_| FlushError::Waiting)?;
         let snapshot = self.catalog.current();
         let table = Arc::clone(snapshot.table_by_id(id.table).ok_or(FlushError::TableGone)?);
         let mut flushed = Flushed::default();

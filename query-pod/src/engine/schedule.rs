@@ -144,7 +144,7 @@ impl Engine {
     /// Flushes the instances of which `matches` holds, all that are dirty now, and returns how many rows went into files.
     ///
     /// # Errors
-    /// The first failure, after every instance was tried.
+    /// The first failure, after every instance was tried; or that it takes too long, and then it goes on.
     pub async fn flush_matching(
         self: &Arc<Self>,
         matches: impl Fn(&InstanceId) -> bool,
@@ -164,10 +164,19 @@ impl Engine {
             });
         }
         let (mut rows, mut failure) = (0, None);
-        while let Some(joined) = flushes.join_next().await {
-            match joined.map_err(super::FlushError::from).and_then(|outcome| outcome) {
-                Ok(flushed) => rows += flushed.rows,
-                Err(error) => failure = failure.or(Some(error)),
+        let deadline = tokio::time::Instant::now() + super::flush::WAIT;
+        loop {
+            let Ok(joined) = tokio::time::timeout_at(deadline, flushes.join_next()).await else {
+                // What is under way goes on: stopped between two steps, it would leave work to a restart.
+                flushes.detach_all();
+                return Err(super::FlushError::Waiting);
+            };
+            match joined {
+                Some(joined) => match joined.map_err(super::FlushError::from).and_then(|outcome| outcome) {
+                    Ok(flushed) => rows += flushed.rows,
+                    Err(error) => failure = failure.or(Some(error)),
+                },
+                None => break,
             }
         }
         failure.map_or(Ok(rows), Err)

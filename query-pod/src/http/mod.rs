@@ -65,9 +65,39 @@ pub fn router(api: Arc<Api>) -> Router {
 struct Statement {
     sql: String,
     #[serde(default)]
-    params: Option<Vec<Box<RawValue>>>,
+    params: Option<Params>,
     #[serde(default)]
     namespace_id: Option<String>,
+}
+
+/// Most parameters that are read at all: eight million small ones fit a body, and would take its size many times over.
+const PARAMS_MAX: usize = 100_000;
+
+struct Params(Vec<Box<RawValue>>);
+
+impl<'de> Deserialize<'de> for Params {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bounded;
+        impl<'de> serde::de::Visitor<'de> for Bounded {
+            type Value = Params;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "an array of at most {PARAMS_MAX} parameters")
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Params, A::Error> {
+                let mut params = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    if params.len() == PARAMS_MAX {
+                        return Err(serde::de::Error::invalid_length(PARAMS_MAX + 1, &self));
+                    }
+                    params.push(item);
+                }
+                Ok(Params(params))
+            }
+        }
+        deserializer.deserialize_seq(Bounded)
+    }
 }
 
 async fn sql(State(api): State<Arc<Api>>, request: HttpRequest) -> Response {
@@ -103,7 +133,7 @@ async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError
         let request = Request {
             identity: &identity,
             sql: &statement.sql,
-            params: statement.params.as_deref().unwrap_or_default(),
+            params: statement.params.as_ref().map_or(&[], |params| &params.0),
             namespace: statement.namespace_id.as_deref(),
         };
         api.sql.run(&request).await

@@ -162,7 +162,9 @@ fn plain_name(parser: &mut Parser) -> Option<Expr> {
 fn current_user(parser: &mut Parser) -> Option<Result<Expr, ParserError>> {
     let token = parser.peek_token();
     let name = match token.token {
-        Token::Word(word) if word.keyword == Keyword::CURRENT_USER && word.quote_style.is_none() => word.to_ident(token.span),
+        Token::Word(word) if word.keyword == Keyword::CURRENT_USER && word.quote_style.is_none() => {
+            word.to_ident(token.span)
+        }
         _ => return None,
     };
     parser.advance_token();

@@ -63,7 +63,7 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
     match error {
         FlushError::Storage(error) => of_storage(error),
         FlushError::Freeze(error) => of_commit(error.clone()),
-        FlushError::Upload { .. } | FlushError::Ship(_) => ApiError::unavailable(
+        FlushError::Upload { .. } | FlushError::Ship(_) | FlushError::Waiting => ApiError::unavailable(
             "STORAGE_UNAVAILABLE",
             "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
         ),

@@ -311,7 +311,8 @@ impl Evaluate<'_> {
             .with_query_execution_start_time(chrono::DateTime::from_timestamp_micros(self.now_us))
             .build();
         let simplifier = ExprSimplifier::new(context);
-        let logical = analyzed.expressions().pop().ok_or_else(|| DataFusionError::Internal("no expression".to_owned()))?;
+        let logical =
+            analyzed.expressions().pop().ok_or_else(|| DataFusionError::Internal("no expression".to_owned()))?;
         let physical = state.create_physical_expr(simplifier.simplify(logical)?, &schema)?;
         let batch = arrow::array::RecordBatch::try_new_with_options(
             Arc::new(arrow::datatypes::Schema::empty()),
@@ -333,9 +334,9 @@ impl Evaluate<'_> {
 /// What went wrong, without DataFusion's names for kinds of errors.
 fn plain(error: &DataFusionError) -> String {
     match error.find_root() {
-        DataFusionError::Plan(message) | DataFusionError::Execution(message) | DataFusionError::NotImplemented(message) => {
-            message.clone()
-        }
+        DataFusionError::Plan(message)
+        | DataFusionError::Execution(message)
+        | DataFusionError::NotImplemented(message) => message.clone(),
         DataFusionError::SchemaError(error, _) => error.to_string(),
         DataFusionError::ArrowError(error, _) => error.to_string(),
         DataFusionError::ResourcesExhausted(message) => message.clone(),
@@ -391,7 +392,9 @@ fn of_scalar(scalar: &ScalarValue, ty: &ColumnType) -> Result<Value, String> {
         (ScalarValue::Int64(Some(v)), _) => Value::BigInt(*v),
         (ScalarValue::Float32(Some(v)), _) => Value::Float(*v),
         (ScalarValue::Float64(Some(v)), _) => Value::Double(*v),
-        (ScalarValue::Decimal128(Some(v), precision, _), _) if v.unsigned_abs() >= 10_u128.pow(u32::from(*precision)) => {
+        (ScalarValue::Decimal128(Some(v), precision, _), _)
+            if v.unsigned_abs() >= 10_u128.pow(u32::from(*precision)) =>
+        {
             return Err(format!("the result is out of range for {ty}"));
         }
         (ScalarValue::Decimal128(Some(v), _, _), _) => Value::Decimal(*v),

@@ -132,7 +132,7 @@ impl Sql {
         self.check_size(request)?;
         let snapshot = self.engine.catalog().current();
         match parse::parse(request.sql)? {
-            Statement::Query(query) => self.query(request, &snapshot, *query).await,
+            Statement::Query(query) => Box::pin(self.query(request, &snapshot, *query)).await,
             Statement::Insert(insert) => self.insert(request, &snapshot, &insert).await,
             Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
         }

@@ -417,7 +417,9 @@ fn too_deep(message: String) -> ControlFlow<ApiError> {
 fn grouping_sets(group_by: &ast::GroupByExpr) -> usize {
     let ast::GroupByExpr::Expressions(exprs, _) = group_by else { return 1 };
     let sets = exprs.iter().map(|expr| match expr {
-        Expr::Cube(columns) => 1_usize.checked_shl(u32::try_from(columns.len()).unwrap_or(u32::MAX)).unwrap_or(usize::MAX),
+        Expr::Cube(columns) => {
+            1_usize.checked_shl(u32::try_from(columns.len()).unwrap_or(u32::MAX)).unwrap_or(usize::MAX)
+        }
         Expr::Rollup(columns) => columns.len() + 1,
         Expr::GroupingSets(sets) => sets.len(),
         _ => 1,

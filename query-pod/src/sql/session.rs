@@ -126,7 +126,8 @@ fn scalar_functions(limits: &SqlLimits) -> Vec<Arc<ScalarUDF>> {
 }
 
 fn aggregate_functions() -> Vec<Arc<AggregateUDF>> {
-    let others = SessionStateDefaults::default_aggregate_functions().into_iter().filter(|function| function.name() != "sum");
+    let others =
+        SessionStateDefaults::default_aggregate_functions().into_iter().filter(|function| function.name() != "sum");
     others.chain([sum::function()]).collect()
 }
 

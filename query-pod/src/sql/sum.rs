@@ -93,8 +93,10 @@ impl Exact {
 }
 
 fn overflow() -> datafusion::error::DataFusionError {
-    ArrowError::ArithmeticOverflow("the SUM does not fit its type; cast the argument to DECIMAL(38, 0) or DOUBLE".to_owned())
-        .into()
+    ArrowError::ArithmeticOverflow(
+        "the SUM does not fit its type; cast the argument to DECIMAL(38, 0) or DOUBLE".to_owned(),
+    )
+    .into()
 }
 
 fn plus(sum: i128, value: i128) -> Result<i128> {
@@ -116,7 +118,9 @@ impl AggregateUDFImpl for ExactSum {
 
     fn accumulator(&self, args: AccumulatorArgs<'_>) -> Result<Box<dyn Accumulator>> {
         match Exact::of(args.return_field.data_type()) {
-            Some(exact) if args.is_distinct => Ok(Box::new(DistinctSum { inner: self.inner.accumulator(args)?, exact })),
+            Some(exact) if args.is_distinct => {
+                Ok(Box::new(DistinctSum { inner: self.inner.accumulator(args)?, exact }))
+            }
             Some(exact) => Ok(Box::new(PlainSum { exact, sum: 0, count: 0 })),
             None => self.inner.accumulator(args),
         }

@@ -23,7 +23,9 @@ pub(super) fn check(statement: &ast::Statement) -> Result<(), ApiError> {
     if unfolding.parts.iter().sum::<u64>() <= PARTS_MAX {
         return Ok(());
     }
-    let message = format!("the statement has more than {PARTS_MAX} tables and SELECTs, with those of WITH wherever they are used");
+    let message = format!(
+        "the statement has more than {PARTS_MAX} tables and SELECTs, with those of WITH wherever they are used"
+    );
     Err(ApiError::invalid("STATEMENT_TOO_DEEP", message))
 }
 

@@ -5,22 +5,13 @@
 //! requests are taken, writes are acknowledged, and the query's timeout is answered in time.
 
 use tokio::runtime::{Builder, Runtime};
-use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Stack of a thread: plans are as deep as statements may be.
 const STACK_BYTES: usize = 8 << 20;
 
 /// The threads.
 pub(super) struct Workers(Option<Runtime>);
-
-/// Work under way; dropping it stops the work where it next waits.
-struct Running<T>(JoinHandle<T>);
-
-impl<T> Drop for Running<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
 
 impl Workers {
     /// As many threads as the machine has processors, at least two.
@@ -35,7 +26,7 @@ impl Workers {
         Ok(Self(Some(runtime)))
     }
 
-    /// Runs `work` on these threads.
+    /// Runs `work` on these threads. Dropping this stops the work where it next waits.
     ///
     /// # Errors
     /// If it panics.
@@ -44,7 +35,7 @@ impl Workers {
         work: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, tokio::task::JoinError> {
         let runtime = self.0.as_ref().expect("the threads live as long as this");
-        (&mut Running(runtime.spawn(work)).0).await
+        AbortOnDropHandle::new(runtime.spawn(work)).await
     }
 }
 

@@ -18,8 +18,28 @@ use super::{BINARY, declare, refusal, returns, table, user_table};
 /// Ids that are to be mixed up: on disks that ignore case, by decoding twice, by normalizing, in SQL, in paths.
 fn users() -> Vec<String> {
     let mut users: Vec<String> = [
-        "a", "a/", "a%2F", "A", "a%2f", "alice", "é", "e\u{301}", "🙂", "' OR '1'='1", "\"a\"", "a' --", "a;b", "*", "%", "a ", "..a", "a=",
-        "users/a/secrets", "../a", "a\\", "root",
+        "a",
+        "a/",
+        "a%2F",
+        "A",
+        "a%2f",
+        "alice",
+        "é",
+        "e\u{301}",
+        "🙂",
+        "' OR '1'='1",
+        "\"a\"",
+        "a' --",
+        "a;b",
+        "*",
+        "%",
+        "a ",
+        "..a",
+        "a=",
+        "users/a/secrets",
+        "../a",
+        "a\\",
+        "root",
     ]
     .map(str::to_owned)
     .to_vec();
@@ -112,7 +132,12 @@ fn only_his(users: &[String], index: usize, what: &str, answer: &Answer) -> anyh
         let user = UserId::new(users[other].clone())?;
         let path = format!("users/{}/app", paths::encode_user(&user));
         for leak in [canary(other), path] {
-            ensure!(!answer.text.contains(&leak), "`{}` asked `{what}` and saw `{leak}`: {}", users[index], answer.text);
+            ensure!(
+                !answer.text.contains(&leak),
+                "`{}` asked `{what}` and saw `{leak}`: {}",
+                users[index],
+                answer.text
+            );
         }
     }
     Ok(())
@@ -170,21 +195,32 @@ async fn every_file_lies_below_its_owners_prefix_and_holds_his_rows_alone() -> a
             continue;
         }
         let (prefix, name) = file.rsplit_once('/').context("a file in a folder")?;
-        ensure!(folded.insert(file.to_lowercase()) && file == file.to_lowercase(), "`{file}` differs from another by case alone");
+        ensure!(
+            folded.insert(file.to_lowercase()) && file == file.to_lowercase(),
+            "`{file}` differs from another by case alone"
+        );
         ensure!(file.split('/').all(|part| part.len() <= 255 && part != ".." && part.is_ascii()), "{file}");
         if prefix.ends_with("/app/other") {
             continue;
         }
         ensure!(name.ends_with(".parquet"), "{file}");
-        let owner = paths::owner_of_prefix(&location, &Path::parse(prefix)?).with_context(|| format!("`{file}` is nobody's"))?;
-        let index = users.iter().position(|user| owner == Owner::User(UserId::new(user.clone()).unwrap())).context(file.clone())?;
+        let owner = paths::owner_of_prefix(&location, &Path::parse(prefix)?)
+            .with_context(|| format!("`{file}` is nobody's"))?;
+        let index = users
+            .iter()
+            .position(|user| owner == Owner::User(UserId::new(user.clone()).unwrap()))
+            .context(file.clone())?;
         let reader = ParquetRecordBatchReaderBuilder::try_new(std::fs::File::open(root.join(&file))?)?.build()?;
         for batch in reader {
             let batch = batch?;
             let bodies = batch.column_by_name("body").context("body")?.as_string::<i32>();
             let ids = batch.column_by_name("id").context("id")?.as_primitive::<Int64Type>();
             for row in 0..batch.num_rows() {
-                ensure!(bodies.value(row) == format!("{} {}", canary(index), ids.value(row)), "{file}: {}", bodies.value(row));
+                ensure!(
+                    bodies.value(row) == format!("{} {}", canary(index), ids.value(row)),
+                    "{file}: {}",
+                    bodies.value(row)
+                );
             }
             rows_of[index] += batch.num_rows();
         }
@@ -196,12 +232,15 @@ async fn every_file_lies_below_its_owners_prefix_and_holds_his_rows_alone() -> a
 
 #[tokio::test]
 async fn many_users_at_once_on_one_table_see_only_their_own() -> anyhow::Result<()> {
-    let home = Home::new(BINARY, &declare(&[table(
-        "UserTable",
-        "secrets",
-        &["id, type: BIGINT, primaryKey: true", "body, type: TEXT"],
-        &["flushPolicy: {rows: 40, interval: 1s}"],
-    )]))?;
+    let home = Home::new(
+        BINARY,
+        &declare(&[table(
+            "UserTable",
+            "secrets",
+            &["id, type: BIGINT, primaryKey: true", "body, type: TEXT"],
+            &["flushPolicy: {rows: 40, interval: 1s}"],
+        )]),
+    )?;
     let pod = home.start().await?;
     let users: Vec<String> = (0..20).map(|index| format!("user{index:02}")).collect();
     let work = users.iter().enumerate().map(|(index, user)| {
@@ -209,16 +248,27 @@ async fn many_users_at_once_on_one_table_see_only_their_own() -> anyhow::Result<
         async move {
             let mut expected = 0;
             for round in 0..12 {
-                let values: Vec<String> = (0..10).map(|n| format!("({}, '{}')", round * 10 + n, canary(index))).collect();
-                expected += pod.run(user, &format!("INSERT INTO app.secrets VALUES {}", values.join(",")), json!([])).await?;
-                let sql = "SELECT count(*), min(body), max(body), CURRENT_USER(), count(DISTINCT id) FROM app.secrets a";
+                let values: Vec<String> =
+                    (0..10).map(|n| format!("({}, '{}')", round * 10 + n, canary(index))).collect();
+                expected +=
+                    pod.run(user, &format!("INSERT INTO app.secrets VALUES {}", values.join(",")), json!([])).await?;
+                let sql =
+                    "SELECT count(*), min(body), max(body), CURRENT_USER(), count(DISTINCT id) FROM app.secrets a";
                 let word = canary(index);
-                returns(pod, user, sql, json!([[expected.to_string(), word, word, user, expected.to_string()]])).await?;
-                for shape in ["SELECT a.body, b.body FROM app.secrets a JOIN app.secrets b USING (id)", "SELECT id, body, CURRENT_USER() FROM app.secrets"] {
+                returns(pod, user, sql, json!([[expected.to_string(), word, word, user, expected.to_string()]]))
+                    .await?;
+                for shape in [
+                    "SELECT a.body, b.body FROM app.secrets a JOIN app.secrets b USING (id)",
+                    "SELECT id, body, CURRENT_USER() FROM app.secrets",
+                ] {
                     let answer = pod.sql(user, shape, json!([])).await?;
                     ensure!(answer.body["results"][0]["row_count"] == expected, "{user}: {}", answer.text);
                     only_his(users, index, shape, &answer)?;
-                    ensure!(!users.iter().any(|other| other != user && answer.text.contains(other.as_str())), "{}", answer.text);
+                    ensure!(
+                        !users.iter().any(|other| other != user && answer.text.contains(other.as_str())),
+                        "{}",
+                        answer.text
+                    );
                 }
                 if round % 4 == index % 4 {
                     pod.run(user, "STORAGE FLUSH TABLE app.secrets", json!([])).await?;
@@ -261,14 +311,23 @@ async fn without_a_valid_token_nothing_is_told() -> anyhow::Result<()> {
     ];
     for (what, authorization, code) in wrong {
         let mut messages = Vec::new();
-        for sql in ["SELECT * FROM app.secrets", "SELECT * FROM app.nope", "SELEC", "INSERT INTO app.secrets VALUES (2, 'x', 1)", "STORAGE FLUSH TABLE app.secrets"] {
+        for sql in [
+            "SELECT * FROM app.secrets",
+            "SELECT * FROM app.nope",
+            "SELEC",
+            "INSERT INTO app.secrets VALUES (2, 'x', 1)",
+            "STORAGE FLUSH TABLE app.secrets",
+        ] {
             let answer = pod.send(authorization.as_deref(), json!({"sql": sql}).to_string()).await?;
             messages.push(refusal(what, &answer, 401, code)?);
         }
         messages.push(refusal(what, &pod.send(authorization.as_deref(), "no JSON").await?, 401, code)?);
         messages.dedup();
         ensure!(messages.len() == 1, "{what}: the answer depends on what was asked: {messages:?}");
-        ensure!(!messages[0].contains("canary") && !messages[0].contains("secrets") && !messages[0].contains("alice"), "{messages:?}");
+        ensure!(
+            !messages[0].contains("canary") && !messages[0].contains("secrets") && !messages[0].contains("alice"),
+            "{messages:?}"
+        );
     }
     ensure!(pod.sql("alice", "SELECT count(*) FROM app.secrets", json!([])).await?.rows()? == [json!(["1"])]);
     for user in ["", ".", "..", "a\nb", &"a".repeat(257)] {
@@ -288,9 +347,17 @@ async fn a_higher_role_sees_only_its_own_rows_of_user_tables() -> anyhow::Result
     for role in ["service", "dba", "system"] {
         for shape in SHAPES.iter().filter(|shape| !shape.starts_with("INSERT") && !shape.starts_with("STORAGE")) {
             let answer = pod.sql_as("root", role, shape, json!([])).await?;
-            ensure!(!answer.text.contains("canary0") && !answer.text.contains("users/alice") && !answer.text.contains("users/bob"), "{role}: {shape}: {}", answer.text);
+            ensure!(
+                !answer.text.contains("canary0")
+                    && !answer.text.contains("users/alice")
+                    && !answer.text.contains("users/bob"),
+                "{role}: {shape}: {}",
+                answer.text
+            );
         }
-        ensure!(pod.sql_as("root", role, "SELECT count(*) FROM app.secrets", json!([])).await?.rows()? == [json!(["0"])]);
+        ensure!(
+            pod.sql_as("root", role, "SELECT count(*) FROM app.secrets", json!([])).await?.rows()? == [json!(["0"])]
+        );
         let as_alice = pod.sql_as("alice", role, "SELECT count(*), CURRENT_USER() FROM app.secrets", json!([])).await?;
         ensure!(as_alice.rows()? == [json!(["2", "alice"])], "{}", as_alice.text);
     }

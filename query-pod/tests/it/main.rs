@@ -3,6 +3,7 @@
 
 mod failure;
 mod faults;
+mod inserts;
 mod isolation;
 mod limits;
 mod manifests;

@@ -18,7 +18,12 @@ async fn within_a_second(pod: &Pod, sql: &str, status: u16) -> anyhow::Result<()
         if answer.status == status {
             return Ok(());
         }
-        ensure!(started.elapsed() < Duration::from_secs(2), "{sql}: {} after two seconds: {}", answer.status, answer.text);
+        ensure!(
+            started.elapsed() < Duration::from_secs(2),
+            "{sql}: {} after two seconds: {}",
+            answer.status,
+            answer.text
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -104,7 +109,10 @@ async fn a_restart_keeps_ids_and_rows_even_when_the_manifests_are_broken() -> an
     let home = Home::new(BINARY, &tables(&["b", "c"]))?;
     let ids = || -> anyhow::Result<Vec<Value>> {
         let catalog: Value = serde_json::from_slice(&std::fs::read(home.data_dir().join("catalog.json"))?)?;
-        ["app.b", "app.c"].map(|name| Some(catalog["tables"][name]["id"].clone()).context("an id")).into_iter().collect()
+        ["app.b", "app.c"]
+            .map(|name| Some(catalog["tables"][name]["id"].clone()).context("an id"))
+            .into_iter()
+            .collect()
     };
     let mut pod = home.start().await?;
     pod.run("alice", "INSERT INTO app.c VALUES (1, 'x')", json!([])).await?;

@@ -38,11 +38,17 @@ async fn fill(pod: &Pod, user: &str, part: usize) -> anyhow::Result<()> {
             let qty = if n % 10 == 9 { "NULL".to_owned() } else { (n % 7).to_string() };
             let weight = if n == 299 { "'NaN'".to_owned() } else { format!("{}.5", n % 50) };
             let at = 1_700_000_000_000_000_i64 + n as i64 * 3_600_000_000;
-            format!("({n}, '{customer}', {qty}, {}.{:02}, {at}, '[\"t{}\",null]', '{{\"n\":{n}}}', {weight})", n, n % 100, n % 3)
+            format!(
+                "({n}, '{customer}', {qty}, {}.{:02}, {at}, '[\"t{}\",null]', '{{\"n\":{n}}}', {weight})",
+                n,
+                n % 100,
+                n % 3
+            )
         })
         .collect();
     pod.run(user, &format!("INSERT INTO app.orders VALUES {}", orders.join(",")), json!([])).await?;
-    let customers: Vec<String> = CUSTOMERS[part * 3..part * 2 + 3].iter().map(|(n, c)| format!("('{n}','{c}')")).collect();
+    let customers: Vec<String> =
+        CUSTOMERS[part * 3..part * 2 + 3].iter().map(|(n, c)| format!("('{n}','{c}')")).collect();
     pod.run(user, &format!("INSERT INTO app.customers VALUES {}", customers.join(",")), json!([])).await?;
     Ok(())
 }
@@ -140,7 +146,10 @@ async fn a_query_returns_the_same_wherever_its_rows_are() -> anyhow::Result<()> 
             let hot = pod.sql("hot", sql, params.clone()).await?;
             ensure!(hot.status == 200, "{sql}: {}", hot.text);
             let found = &hot.body["results"][0]["rows"];
-            ensure!(expected.is_null() || *found == expected, "{round}: {sql}\n returned {found}\n expected {expected}");
+            ensure!(
+                expected.is_null() || *found == expected,
+                "{round}: {sql}\n returned {found}\n expected {expected}"
+            );
             for user in ["half", "cold"] {
                 let other = pod.sql(user, sql, params.clone()).await?;
                 ensure!(other.results() == hot.results(), "{round}, {user}: {sql}\n{}\n{}", other.text, hot.text);
@@ -182,186 +191,6 @@ async fn limit_counts_buffered_and_filed_rows_together() -> anyhow::Result<()> {
         }
         let count = format!("SELECT count(*) FROM (SELECT id FROM app.orders LIMIT {n}) x");
         returns(&pod, "alice", &count, json!([[expected.to_string()]])).await?;
-    }
-    Ok(())
-}
-
-fn notes() -> String {
-    declare(&[
-        user_table(
-            "notes",
-            &[
-                "id, type: BIGINT, primaryKey: true, default: SNOWFLAKE_ID()",
-                "body, type: TEXT, nullable: false",
-                "at, type: TIMESTAMP, default: NOW()",
-                "day, type: DATE, default: NOW()",
-                "author, type: TEXT, default: CURRENT_USER()",
-                "code, type: UUID, default: UUID_V7()",
-                "ulid, type: TEXT, default: ULID()",
-                "state, type: TEXT, default: \"'it''s new'\"",
-                "count, type: INT, default: \"7\"",
-                "price, type: \"DECIMAL(10,2)\", default: \"1.5\"",
-                "extra, type: JSON",
-            ],
-        ),
-        user_table("plain", &["body, type: TEXT", "m, type: BIGINT"]),
-        user_table("with_id", &["name, type: TEXT", "id, type: BIGINT"]),
-    ])
-}
-
-#[tokio::test]
-async fn an_insert_takes_literals_parameters_defaults_and_computed_values_in_any_order() -> anyhow::Result<()> {
-    let home = Home::new(BINARY, &notes())?;
-    let pod = home.start().await?;
-    let alice = "alice";
-    ensure!(pod.run(alice, "INSERT INTO app.notes (body) VALUES ('a'), ('b'), ($1)", json!(["c"])).await? == 3);
-    let all = rows(&pod, alice, "SELECT id, at, day, author, code, ulid, state, count, price, extra FROM app.notes ORDER BY id", json!([])).await?;
-    let all = all.as_array().unwrap();
-    ensure!(all.len() == 3);
-    for row in all {
-        ensure!(row[0].as_str().unwrap().parse::<i64>()? > 0);
-        let at = row[1].as_i64().context("a timestamp")?;
-        ensure!((at / 86_400_000_000) == row[2].as_i64().context("a date")? && at > 1_700_000_000_000_000);
-        ensure!(row[3] == "alice" && row[6] == "it's new" && row[7] == 7 && row[8] == "1.50" && row[9].is_null());
-        ensure!(row[4].as_str().unwrap().len() == 36 && row[4].as_str().unwrap().as_bytes()[14] == b'7');
-        ensure!(row[5].as_str().unwrap().len() == 26);
-        ensure!(row[1] == all[0][1], "NOW() is the statement's time");
-    }
-    for column in [0, 4, 5] {
-        ensure!(all[0][column] != all[1][column] && all[1][column] != all[2][column]);
-    }
-
-    let sql = "INSERT INTO app.notes (extra, count, body, id, state) VALUES ($2, DEFAULT, $1, 1, DEFAULT), \
-               (NULL, 1 + 2 * 3, upper('x') || '-' || CURRENT_USER(), 2, CURRENT_USER), ('[1.10]', -(-4), $1, 1 + 2, NULL)";
-    pod.run(alice, sql, json!(["p", {"a": [1, null]}])).await?;
-    returns(
-        &pod,
-        alice,
-        "SELECT id, body, count, state, extra FROM app.notes WHERE id < 10 ORDER BY id",
-        json!([
-            ["1", "p", 7, "it's new", {"a": [1, null]}],
-            ["2", "X-alice", 7, "alice", null],
-            ["3", "p", 4, null, [1.10]]
-        ]),
-    )
-    .await?;
-    let sql = "INSERT INTO app.notes (id, body, at, day, author, code, ulid) VALUES \
-               (SNOWFLAKE_ID(), UUID_V7(), NOW(), now(), CURRENT_USER(), uuid_v7(), ULID()), \
-               (10, 'later', NOW() + INTERVAL '1 day', CURRENT_DATE, concat('by ', CURRENT_USER()), \
-                '6F9619FF-8B86-D011-B42D-00CF4FC964FF', $$dollars 'n' all$$)";
-    ensure!(pod.run(alice, sql, json!([])).await? == 2);
-    returns(
-        &pod,
-        alice,
-        "SELECT author, code, ulid, at > now() + INTERVAL '23 hours', at < now() + INTERVAL '1 day', day = current_date \
-         FROM app.notes WHERE id = 10",
-        json!([["by alice", "6f9619ff-8b86-d011-b42d-00cf4fc964ff", "dollars 'n' all", true, true, true]]),
-    )
-    .await?;
-    Ok(())
-}
-
-#[tokio::test]
-async fn an_insert_that_is_wrong_says_where_and_writes_nothing() -> anyhow::Result<()> {
-    let home = Home::new(BINARY, &notes())?;
-    let pod = home.start().await?;
-    #[rustfmt::skip]
-    let wrong: [(&str, Value, u16, &str, &str); 31] = [
-        ("INSERT INTO app.notes (id) VALUES (1)", json!([]), 400, "NULL_VALUE", "row 1: column `body`"),
-        ("INSERT INTO app.notes (body) VALUES ('a'), (NULL)", json!([]), 400, "NULL_VALUE", "row 2: column `body`"),
-        ("INSERT INTO app.notes (body) VALUES ($1)", json!([null]), 400, "NULL_VALUE", "row 1: column `body`"),
-        ("INSERT INTO app.notes (id, body) VALUES (NULL, 'a')", json!([]), 400, "NULL_VALUE", "column `id`"),
-        ("INSERT INTO app.notes (body, nope) VALUES ('a', 1)", json!([]), 400, "COLUMN_NOT_FOUND", "`nope`; it has `id`, `body`"),
-        ("INSERT INTO app.notes (body, body) VALUES ('a', 'b')", json!([]), 400, "INVALID_SQL", "`body` is named twice"),
-        ("INSERT INTO app.notes (body) VALUES ('a', 'b')", json!([]), 400, "INVALID_SQL", "row 1 has 2 value(s) for 1 column(s)"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', 1), ('b')", json!([]), 400, "INVALID_SQL", "row 2 has 1 value(s)"),
-        ("INSERT INTO app.notes VALUES ('a')", json!([]), 400, "INVALID_SQL", "for 11 column(s)"),
-        ("INSERT INTO app.notes (body, _seq) VALUES ('a', 1)", json!([]), 400, "READ_ONLY_COLUMN", "`_seq`"),
-        ("INSERT INTO app.notes (body, _UPDATED) VALUES ('a', 1)", json!([]), 400, "READ_ONLY_COLUMN", "`_updated`"),
-        ("INSERT INTO app.notes (body, \"_deleted\") VALUES ('a', true)", json!([]), 400, "READ_ONLY_COLUMN", "`_deleted`"),
-        ("INSERT INTO app.notes (id, body) VALUES (1, 'a'), (1, 'b')", json!([]), 409, "DUPLICATE_KEY", "row 2: the primary key (id = 1)"),
-        ("INSERT INTO app.notes (body) VALUES ($1)", json!([]), 400, "INVALID_PARAMETER", "$1, and 0 parameter(s)"),
-        ("INSERT INTO app.notes (body) VALUES ($1)", json!(["a", "b"]), 400, "INVALID_PARAMETER", "$2 was sent"),
-        ("INSERT INTO app.notes (body) VALUES ($0)", json!(["a"]), 400, "INVALID_PARAMETER", "`$0` is no parameter"),
-        ("INSERT INTO app.notes (body) VALUES ($x)", json!(["a"]), 400, "INVALID_PARAMETER", "`$x` is no parameter"),
-        ("INSERT INTO app.notes (body) VALUES (?)", json!(["a"]), 400, "INVALID_PARAMETER", "`?` is no parameter"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', $1 + 1)", json!([1]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', 2.5 * 3)", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', 2147483647 + 1)", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, price) VALUES ('a', 0.001 + 0)", json!([]), 400, "INVALID_VALUE", "row 1, column `price`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', 1 / 0)", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', count + 1)", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', (SELECT 1))", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', count(*))", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', row_number() OVER ())", json!([]), 400, "INVALID_VALUE", "row 1, column `count`"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', NOW())", json!([]), 400, "INVALID_VALUE", "`NOW()` gives no INT"),
-        ("INSERT INTO app.notes (body, count) VALUES ('a', upper('b'))", json!([]), 400, "INVALID_VALUE", "expected INT"),
-        ("INSERT INTO app.nots (body) VALUES ('a')", json!([]), 404, "TABLE_NOT_FOUND", "did you mean `app.notes`"),
-        ("INSERT INTO notes (body) VALUES ('a')", json!([]), 400, "INVALID_TABLE_NAME", "`notes` has no namespace"),
-    ];
-    for (sql, params, status, code, says) in wrong {
-        let message = refused(&pod, sql, params, status, code).await?;
-        ensure!(message.contains(says), "{sql}: {message}");
-        ensure!(!message.contains("Internal error") && !message.contains("AggregateFunction"), "{sql}: {message}");
-    }
-    returns(&pod, "alice", "SELECT count(*) FROM app.notes", json!([["0"]])).await
-}
-
-#[tokio::test]
-async fn a_key_is_found_again_in_buffer_and_files_whatever_its_types() -> anyhow::Result<()> {
-    let columns = |keys: &[&str]| -> Vec<String> {
-        let key = |(n, ty): (usize, &&str)| format!("k{n}, type: \"{ty}\", primaryKey: true");
-        keys.iter().enumerate().map(key).chain(["v, type: TEXT".to_owned()]).collect()
-    };
-    #[rustfmt::skip]
-    let tables: [(&str, &[&str], &[&str]); 10] = [
-        ("k_text", &["TEXT"], &["'a'", "''", "'A'", "'é'", "'e\u{301}'", "'a '", "'🙂'"]),
-        ("k_text_bigint", &["TEXT", "BIGINT"], &["'a', 1", "'a', -1", "'a1', 1", "'', 9223372036854775807", "'', -9223372036854775808"]),
-        ("k_uuid", &["UUID"], &["'6F9619FF-8B86-D011-B42D-00CF4FC964FF'", "'00000000-0000-0000-0000-000000000000'"]),
-        ("k_decimal", &["DECIMAL(38,4)"], &["0", "-0.0001", "1.5", "9999999999999999999999999999999999.9999", "-1.5"]),
-        ("k_timestamp", &["TIMESTAMP"], &["'1969-12-31T23:59:59.999999Z'", "'9999-12-31T23:59:59.999999Z'", "0"]),
-        ("k_boolean", &["BOOLEAN", "SMALLINT"], &["true, 1", "false, 1", "true, -32768"]),
-        ("k_bytes", &["BYTES"], &["'\\x'", "'\\x00'", "'\\x0000'", "'\\xff'", "'/w=='"]),
-        ("k_date", &["DATE", "TIME"], &["'1969-07-20', '20:17:40'", "'1970-01-01', '00:00'", "'9999-12-31', '23:59:59.999999'"]),
-        ("k_int", &["INT"], &["0", "-1", "2147483647", "-2147483648"]),
-        ("k_wide", &["TEXT", "BYTES", "UUID", "INT"], &["'a', '\\x00', '6F9619FF-8B86-D011-B42D-00CF4FC964FF', 0"]),
-    ];
-    let declared: Vec<String> = tables
-        .iter()
-        .map(|(name, keys, _)| user_table(name, &columns(keys).iter().map(String::as_str).collect::<Vec<_>>()))
-        .collect();
-    let home = Home::new(BINARY, &declare(&declared))?;
-    let mut pod = home.start().await?;
-    // `'\xff'` and base64 `'/w=='` are the same byte: the one value of the list that is a duplicate.
-    let distinct = |values: &[&'static str]| -> Vec<&'static str> { values.iter().filter(|v| **v != "'/w=='").copied().collect() };
-    for (name, _, values) in &tables {
-        let inserted: Vec<String> = distinct(values).iter().map(|key| format!("({key}, 'first')")).collect();
-        pod.run("alice", &format!("INSERT INTO app.{name} VALUES {}", inserted.join(",")), json!([])).await?;
-    }
-    for round in ["buffered", "flushed", "restarted", "killed"] {
-        for (name, _, values) in &tables {
-            for key in *values {
-                let sql = format!("INSERT INTO app.{name} VALUES ({key}, 'second')");
-                refused(&pod, &sql, json!([]), 409, "DUPLICATE_KEY").await.with_context(|| round)?;
-                ensure!(pod.sql("bob", &sql, json!([])).await?.status == if round == "buffered" && *key != "'/w=='" { 200 } else { 409 });
-            }
-            let count = distinct(values).len().to_string();
-            let sql = format!("SELECT count(*), count(DISTINCT v), min(v) FROM app.{name}");
-            returns(&pod, "alice", &sql, json!([[count, "1", "first"]])).await.with_context(|| round)?;
-        }
-        match round {
-            "buffered" => {
-                for (name, _, values) in &tables {
-                    let flushed = pod.run("alice", &format!("STORAGE FLUSH TABLE app.{name}"), json!([])).await?;
-                    ensure!(flushed == distinct(values).len() as u64);
-                }
-            }
-            "flushed" => ensure!(pod.stop().await?.success()),
-            _ => pod.kill()?,
-        }
-        if round != "buffered" {
-            pod = home.start().await?;
-        }
     }
     Ok(())
 }
@@ -421,22 +250,6 @@ async fn star_has_no_system_columns_and_names_show_them() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn a_table_without_a_key_gets_one() -> anyhow::Result<()> {
-    let home = Home::new(BINARY, &notes())?;
-    let pod = home.start().await?;
-    pod.run("alice", "INSERT INTO app.plain (body, m) VALUES ('a', 1), ('b', 2)", json!([])).await?;
-    returns(&pod, "alice", "SELECT body, id > 0 FROM app.plain ORDER BY id", json!([["a", true], ["b", true]])).await?;
-    refused(&pod, "INSERT INTO app.plain (id, body) VALUES (1, 'c'), (1, 'd')", json!([]), 409, "DUPLICATE_KEY").await?;
-    pod.run("alice", "INSERT INTO app.with_id (name) VALUES ('x')", json!([])).await?;
-    pod.run("alice", "INSERT INTO app.with_id VALUES ('y', 5)", json!([])).await?;
-    refused(&pod, "INSERT INTO app.with_id (id) VALUES (5)", json!([]), 409, "DUPLICATE_KEY").await?;
-    let sql = "SELECT table_name, column_name, column_default, is_nullable, data_type FROM information_schema.columns \
-               WHERE is_primary_key AND table_name IN ('plain', 'with_id') ORDER BY table_name";
-    let expected = json!([["plain", "id", "SNOWFLAKE_ID()", "NO", "BIGINT"], ["with_id", "id", "SNOWFLAKE_ID()", "NO", "BIGINT"]]);
-    returns(&pod, "alice", sql, expected).await
-}
-
-#[tokio::test]
 async fn names_resolve_with_namespace_id_and_errors_name_what_is_near() -> anyhow::Result<()> {
     let home = Home::new(BINARY, &shop())?;
     let pod = home.start().await?;
@@ -459,9 +272,21 @@ async fn names_resolve_with_namespace_id_and_errors_name_what_is_near() -> anyho
     let flushed = send(json!({"sql": "STORAGE FLUSH TABLE customers", "namespace_id": "app"})).await?;
     ensure!(flushed.body["results"][0]["row_count"] == 1, "{}", flushed.text);
     for (sql, namespace, status, code, says) in [
-        ("SELECT * FROM customer", json!("app"), 404, "TABLE_NOT_FOUND", "`app.customer` does not exist; did you mean `app.customers`?"),
+        (
+            "SELECT * FROM customer",
+            json!("app"),
+            404,
+            "TABLE_NOT_FOUND",
+            "`app.customer` does not exist; did you mean `app.customers`?",
+        ),
         ("SELECT * FROM app.custommers", json!(null), 404, "TABLE_NOT_FOUND", "did you mean `app.customers`?"),
-        ("SELECT * FROM app.something_else", json!(null), 404, "TABLE_NOT_FOUND", "`app.something_else` does not exist"),
+        (
+            "SELECT * FROM app.something_else",
+            json!(null),
+            404,
+            "TABLE_NOT_FOUND",
+            "`app.something_else` does not exist",
+        ),
         ("SELECT * FROM customers", json!(null), 404, "TABLE_NOT_FOUND", "`customers` does not exist"),
         ("SELECT * FROM \"APP\".customers", json!(null), 404, "TABLE_NOT_FOUND", "does not exist"),
         ("SELECT * FROM a.b.c.d", json!(null), 400, "INVALID_SQL", "a.b.c.d"),
@@ -473,10 +298,23 @@ async fn names_resolve_with_namespace_id_and_errors_name_what_is_near() -> anyho
         let message = refusal(sql, &send(json!({"sql": sql, "namespace_id": namespace})).await?, status, code)?;
         ensure!(message.contains(says), "{sql}: {message}");
     }
-    for body in ["", "{", "[]", "{}", r#"{"sql": 1}"#, r#"{"sql": "SELECT 1", "parms": []}"#, r#"{"sql": "SELECT 1", "params": {}}"#] {
+    for body in [
+        "",
+        "{",
+        "[]",
+        "{}",
+        r#"{"sql": 1}"#,
+        r#"{"sql": "SELECT 1", "parms": []}"#,
+        r#"{"sql": "SELECT 1", "params": {}}"#,
+    ] {
         refusal(body, &pod.send(Some(&authorization), body.to_owned()).await?, 400, "INVALID_REQUEST")?;
     }
-    refusal("latin-1", &pod.send(Some(&authorization), b"{\"sql\": \"SELECT '\xe9'\"}".to_vec()).await?, 400, "INVALID_REQUEST")?;
+    refusal(
+        "latin-1",
+        &pod.send(Some(&authorization), b"{\"sql\": \"SELECT '\xe9'\"}".to_vec()).await?,
+        400,
+        "INVALID_REQUEST",
+    )?;
     ensure!(pod.get("/nope").await?.0 == 404 && pod.get("/v1/api/sql").await?.0 == 405);
     Ok(())
 }
@@ -639,9 +477,11 @@ async fn rows_become_a_file_by_count_by_age_and_on_request() -> anyhow::Result<(
         ]),
     )?;
     let pod = home.start().await?;
-    let files = |user: &str, table: &str| files_below(&home.data_dir().join("files/users").join(user).join("app").join(table));
+    let files =
+        |user: &str, table: &str| files_below(&home.data_dir().join("files/users").join(user).join("app").join(table));
     let insert = async |user: &str, table: &str, count: usize| {
-        pod.run(user, &format!("INSERT INTO app.{table} (body) VALUES {}", vec!["('x')"; count].join(",")), json!([])).await
+        pod.run(user, &format!("INSERT INTO app.{table} (body) VALUES {}", vec!["('x')"; count].join(",")), json!([]))
+            .await
     };
     insert("alice", "by_rows", 49).await?;
     insert("bob", "by_rows", 49).await?;
@@ -658,13 +498,21 @@ async fn rows_become_a_file_by_count_by_age_and_on_request() -> anyhow::Result<(
     insert("alice", "on_request", 3).await?;
     insert("bob", "on_request", 4).await?;
     ensure!(pod.run("alice", "STORAGE FLUSH TABLE app.on_request", json!([])).await? == 3);
-    ensure!(pod.run("alice", "storage flush table app.on_request;", json!([])).await? == 0, "nothing was left to flush");
-    ensure!(files("alice", "on_request")?.len() == 1 && files("bob", "on_request")?.is_empty(), "a user flushes his own rows");
+    ensure!(
+        pod.run("alice", "storage flush table app.on_request;", json!([])).await? == 0,
+        "nothing was left to flush"
+    );
+    ensure!(
+        files("alice", "on_request")?.len() == 1 && files("bob", "on_request")?.is_empty(),
+        "a user flushes his own rows"
+    );
     insert("alice", "on_request", 2).await?;
     let all = pod.sql_as("root", "dba", "STORAGE FLUSH TABLE app.on_request", json!([])).await?;
     ensure!(all.body["results"][0]["row_count"] == 6, "a dba flushes everybody's: {}", all.text);
     ensure!(files("alice", "on_request")?.len() == 2 && files("bob", "on_request")?.len() == 1);
-    for (user, table, count) in [("alice", "by_rows", "50"), ("alice", "by_age", "1"), ("alice", "on_request", "5"), ("bob", "on_request", "4")] {
+    for (user, table, count) in
+        [("alice", "by_rows", "50"), ("alice", "by_age", "1"), ("alice", "on_request", "5"), ("bob", "on_request", "4")]
+    {
         returns(&pod, user, &format!("SELECT count(*) FROM app.{table}"), json!([[count]])).await?;
     }
     Ok(())
@@ -744,7 +592,10 @@ async fn a_column_that_came_later_reads_right_from_old_rows() -> anyhow::Result<
         pod.run(user, "INSERT INTO app.t VALUES (3, 'buffered')", json!([])).await?;
     }
     home.write_manifest("all.yaml", &declare(&[user_table("t", &new)]))?;
-    eventually("the new column is there", async || Ok(pod.sql("hot", "SELECT count FROM app.t", json!([])).await?.status == 200)).await?;
+    eventually("the new column is there", async || {
+        Ok(pod.sql("hot", "SELECT count FROM app.t", json!([])).await?.status == 200)
+    })
+    .await?;
     for user in ["hot", "half", "cold"] {
         pod.run(user, "INSERT INTO app.t (id, body, state, count, note) VALUES (4, 'young', 'old', 8, 'n'), (5, 'x', NULL, 7, NULL)", json!([]))
             .await?;
@@ -776,14 +627,28 @@ async fn a_column_that_came_later_reads_right_from_old_rows() -> anyhow::Result<
                 ("state LIKE 'n%' AND id > 1", "2,3"),
                 ("tags[1] = 1", "1,2,3,4,5"),
             ] {
-                let sql = format!("SELECT coalesce(string_agg(CAST(id AS TEXT), ',' ORDER BY id), '') FROM app.t WHERE {condition}");
+                let sql = format!(
+                    "SELECT coalesce(string_agg(CAST(id AS TEXT), ',' ORDER BY id), '') FROM app.t WHERE {condition}"
+                );
                 returns(&pod, user, &sql, json!([[ids]])).await.with_context(|| format!("{round}, {user}"))?;
             }
-            returns(&pod, user, "SELECT state, count(*) FROM app.t GROUP BY state ORDER BY state", json!([["new", "3"], ["old", "1"], [null, "1"]]))
-                .await?;
+            returns(
+                &pod,
+                user,
+                "SELECT state, count(*) FROM app.t GROUP BY state ORDER BY state",
+                json!([["new", "3"], ["old", "1"], [null, "1"]]),
+            )
+            .await?;
             returns(&pod, user, "SELECT id FROM app.t ORDER BY count DESC, id LIMIT 2", json!([["4"], ["1"]])).await?;
-            returns(&pod, user, "SELECT a.id FROM app.t a JOIN app.t b ON a.count = b.count WHERE b.id = 4", json!([["4"]])).await?;
-            returns(&pod, user, "SELECT min(count), max(count), sum(price) FROM app.t", json!([[7, 8, "7.50"]])).await?;
+            returns(
+                &pod,
+                user,
+                "SELECT a.id FROM app.t a JOIN app.t b ON a.count = b.count WHERE b.id = 4",
+                json!([["4"]]),
+            )
+            .await?;
+            returns(&pod, user, "SELECT min(count), max(count), sum(price) FROM app.t", json!([[7, 8, "7.50"]]))
+                .await?;
         }
         ensure!(pod.stop().await?.success());
         pod = home.start().await?;

@@ -77,7 +77,8 @@ const VALUES: &[(&str, &str, &str, &str)] = &[
 
 fn manifests() -> String {
     let columns: Vec<String> = COLUMNS.iter().map(|(name, ty, _)| format!("{name}, type: \"{ty}\"")).collect();
-    let all: Vec<&str> = ["id, type: BIGINT, primaryKey: true"].into_iter().chain(columns.iter().map(String::as_str)).collect();
+    let all: Vec<&str> =
+        ["id, type: BIGINT, primaryKey: true"].into_iter().chain(columns.iter().map(String::as_str)).collect();
     declare(&[user_table("v", &all)])
 }
 
@@ -91,7 +92,9 @@ async fn with_raw(pod: &Pod, sql: &str, parameter: &str) -> anyhow::Result<Answe
 async fn everything(pod: &Pod) -> anyhow::Result<Vec<String>> {
     let mut all = Vec::new();
     for (name, _, data_type) in COLUMNS {
-        let answer = pod.sql("alice", &format!("SELECT id, {name} FROM app.v WHERE {name} IS NOT NULL ORDER BY id"), json!([])).await?;
+        let answer = pod
+            .sql("alice", &format!("SELECT id, {name} FROM app.v WHERE {name} IS NOT NULL ORDER BY id"), json!([]))
+            .await?;
         ensure!(answer.status == 200, "{name}: {}", answer.text);
         let described = format!(r#"{{"data_type":{data_type},"index":1,"name":"{name}"}}"#);
         ensure!(answer.text.contains(&described), "{name}: expected {described} in {}", answer.text);
@@ -153,7 +156,11 @@ async fn every_value_is_found_by_itself_in_buffer_and_file() -> anyhow::Result<(
             }
             let sql = format!("SELECT count(*) FROM app.v WHERE {column} = $1 AND id = {at}");
             let answer = with_raw(&pod, &sql, parameter).await?;
-            ensure!(answer.rows().is_ok_and(|rows| rows == [json!(["1"])]), "{round}: {sql} with {parameter}: {}", answer.text);
+            ensure!(
+                answer.rows().is_ok_and(|rows| rows == [json!(["1"])]),
+                "{round}: {sql} with {parameter}: {}",
+                answer.text
+            );
             // In a query, a text is no bytes, and an integer is no time.
             let is_integer = literal.parse::<i64>().is_ok();
             if *column == "c_bytes" || (is_integer && ["c_stamp", "c_date", "c_time"].contains(column)) {
@@ -170,7 +177,10 @@ async fn every_value_is_found_by_itself_in_buffer_and_file() -> anyhow::Result<(
             ("SELECT count(*) FROM app.v WHERE c_double IN (0.1, -1.0)", json!([["2"]])),
             ("SELECT count(*) FROM app.v WHERE c_double BETWEEN 0.05 AND 123456.78901234567", json!([["2"]])),
             ("SELECT count(*) FROM app.v WHERE c_double > 123456.78901234566", json!([["4"]])),
-            ("SELECT c_double FROM app.v WHERE c_double IS NOT NULL ORDER BY c_double DESC LIMIT 2", json!([["NaN"], ["Infinity"]])),
+            (
+                "SELECT c_double FROM app.v WHERE c_double IS NOT NULL ORDER BY c_double DESC LIMIT 2",
+                json!([["NaN"], ["Infinity"]]),
+            ),
             ("SELECT max(c_float), min(c_double) FROM app.v", json!([["NaN", "-Infinity"]])),
             ("SELECT count(*) FROM app.v WHERE c_whole > 99999999999999999999999999999999999998", json!([["1"]])),
             ("SELECT count(*) FROM app.v WHERE c_fine >= 0.99999999999999999999999999999999999999", json!([["1"]])),
@@ -222,7 +232,12 @@ async fn a_value_that_does_not_fit_is_refused_with_its_row_and_column() -> anyho
         }
         for parameter in *parameters {
             let sql = format!("INSERT INTO app.v (id, {column}) VALUES (1, NULL), (2, $1)");
-            let message = refusal(&format!("{sql} with {parameter}"), &with_raw(&pod, &sql, parameter).await?, 400, "INVALID_VALUE")?;
+            let message = refusal(
+                &format!("{sql} with {parameter}"),
+                &with_raw(&pod, &sql, parameter).await?,
+                400,
+                "INVALID_VALUE",
+            )?;
             ensure!(message.contains(&place) && message.contains("$1: "), "{sql} with {parameter}: {message}");
         }
     }
@@ -237,7 +252,12 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
     let home = Home::new(BINARY, &manifests())?;
     let pod = home.start().await?;
     let rows: Vec<String> = (1..=4).map(|n| format!("({n}, {n}, 922337203685477580{n}, {n}.5, {n}.25)")).collect();
-    pod.run("alice", &format!("INSERT INTO app.v (id, c_int, c_big, c_double, c_money) VALUES {}", rows.join(",")), json!([])).await?;
+    pod.run(
+        "alice",
+        &format!("INSERT INTO app.v (id, c_int, c_big, c_double, c_money) VALUES {}", rows.join(",")),
+        json!([]),
+    )
+    .await?;
     #[rustfmt::skip]
     let exact: &[(&str, &str, &str)] = &[
         ("count(*)", r#""BigInt""#, r#""4""#), ("count(DISTINCT c_int)", r#""BigInt""#, r#""4""#),
@@ -269,8 +289,11 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
     for (expression, data_type, value) in exact {
         let answer = pod.sql("alice", &format!("SELECT {expression} AS v FROM app.v"), json!([])).await?;
         let aggregated = answer.text.contains(r#""row_count":1,"#);
-        let answer = if aggregated { answer } else { pod.sql("alice", &format!("SELECT {expression} AS v"), json!([])).await? };
-        let expected = format!(r#""results":[{{"schema":[{{"data_type":{data_type},"index":0,"name":"v"}}],"rows":[[{value}]],"row_count":1,"#);
+        let answer =
+            if aggregated { answer } else { pod.sql("alice", &format!("SELECT {expression} AS v"), json!([])).await? };
+        let expected = format!(
+            r#""results":[{{"schema":[{{"data_type":{data_type},"index":0,"name":"v"}}],"rows":[[{value}]],"row_count":1,"#
+        );
         ensure!(answer.text.contains(&expected), "{expression}\n expected {expected}\n found    {}", answer.text);
     }
     #[rustfmt::skip]
@@ -286,7 +309,11 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
         "(SELECT sum(DISTINCT x) FROM (VALUES (9223372036854775807), (9223372036854775806)) v(x))",
     ];
     for expression in errors {
-        let sql = if expression.contains("c_") { format!("SELECT {expression} FROM app.v") } else { format!("SELECT {expression}") };
+        let sql = if expression.contains("c_") {
+            format!("SELECT {expression} FROM app.v")
+        } else {
+            format!("SELECT {expression}")
+        };
         let answer = pod.sql("alice", &sql, json!([])).await?;
         ensure!(answer.status == 400, "{sql}: {}", answer.text);
         refusal(&sql, &answer, 400, answer.code())?;
