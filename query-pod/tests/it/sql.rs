@@ -447,7 +447,7 @@ async fn what_is_not_a_query_an_insert_or_a_flush_is_refused() -> anyhow::Result
 }
 
 #[tokio::test]
-async fn explain_tells_the_plan_without_running_it_twice() -> anyhow::Result<()> {
+async fn explain_tells_the_plan_and_analyze_what_it_did() -> anyhow::Result<()> {
     let home = Home::new(BINARY, &shop())?;
     let pod = home.start().await?;
     fill(&pod, "alice", 0).await?;
