@@ -452,8 +452,7 @@ impl Pass<'_> {
                 self.next.retained.insert(name.clone(), entry.clone());
             }
         }
-        let declared: HashSet<(Kind, &str)> =
-            objects.iter().map(|d| (d.object.kind, d.object.name.as_str())).collect();
+        let declared: HashSet<(Kind, &str)> = objects.iter().map(|d| (d.object.kind, d.object.name.as_str())).collect();
         for (name, entry) in &self.previous.tables {
             let declared = declared.contains(&(entry.object.kind, entry.object.name.as_str()));
             let keep = on_removal == OnRemoval::Retain || entry.deletion_policy == DeletionPolicy::Retain;

@@ -171,7 +171,10 @@ impl Sql {
         let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
         let engine = Arc::clone(&self.engine);
         let flushing = tokio::spawn(async move { engine.flush_matching(matches).await });
-        let rows = flushing.await.map_err(|error| ApiError::internal(&error))?.map_err(|error| engine_errors::of_flush(&error))?;
+        let rows = flushing
+            .await
+            .map_err(|error| ApiError::internal(&error))?
+            .map_err(|error| engine_errors::of_flush(&error))?;
         Ok(Answer::affected(rows, format!("flushed {rows} row(s) of `{}`", table.name)))
     }
 

@@ -76,9 +76,10 @@ impl InstanceTable {
     }
 
     fn names_floats(&self, filter: &Expr) -> bool {
-        filter.column_refs().iter().any(|column| {
-            self.schema.field_with_name(column.name()).is_ok_and(|field| field.data_type().is_floating())
-        })
+        filter
+            .column_refs()
+            .iter()
+            .any(|column| self.schema.field_with_name(column.name()).is_ok_and(|field| field.data_type().is_floating()))
     }
 
     fn files(

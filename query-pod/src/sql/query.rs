@@ -263,10 +263,7 @@ mod tests {
                 "Failed to fetch metadata for file x: {}",
                 DataFusionError::ObjectStore(Box::new(lost()))
             )))),
-            DataFusionError::ArrowError(
-                Box::new(arrow::error::ArrowError::ExternalError(Box::new(parquet()))),
-                None,
-            ),
+            DataFusionError::ArrowError(Box::new(arrow::error::ArrowError::ExternalError(Box::new(parquet()))), None),
             DataFusionError::Shared(Arc::new(DataFusionError::ParquetError(Box::new(parquet())))),
             DataFusionError::Context("reading".to_owned(), Box::new(DataFusionError::ObjectStore(Box::new(lost())))),
         ] {

@@ -114,7 +114,11 @@ async fn flushes_over_a_failing_store_lose_and_double_nothing_across_restarts() 
             let owner = user(name)?;
             engine.flush(&Engine::instance_id(&table, &owner)).await?;
             let now = seen(&world, &engine, &table, &owner).await?;
-            ensure!(now == expected[at].iter().copied().collect::<Vec<_>>(), "seed {}: {name} after healing", seed + round);
+            ensure!(
+                now == expected[at].iter().copied().collect::<Vec<_>>(),
+                "seed {}: {name} after healing",
+                seed + round
+            );
             ensure!(engine.read(&table, &owner, &[0], None)?.buffered[0].num_rows() == 0, "everything is in files now");
         }
         engine.close(Duration::from_secs(5)).await;
