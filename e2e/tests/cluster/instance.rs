@@ -138,9 +138,18 @@ impl Sql {
     /// Status and envelope.
     pub async fn run(&self, user: &str, sql: &str, params: Value) -> anyhow::Result<(u16, Value)> {
         let body = json!({"sql": sql, "params": params});
-        let request = self.client.post(format!("{}/v1/api/sql", self.url)).bearer_auth(self.token(user)?).json(&body);
-        let response = request.send().await?;
-        Ok((response.status().as_u16(), response.json().await?))
+        let (url, token) = (format!("{}/v1/api/sql", self.url), self.token(user)?);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.client.post(&url).bearer_auth(&token).json(&body).send().await {
+                Ok(response) => return Ok((response.status().as_u16(), response.json().await?)),
+                // A Service refuses connections for a moment after its pod changed; nothing was sent then.
+                Err(error) if error.is_connect() && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Rows of a statement that must succeed.
