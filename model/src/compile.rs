@@ -100,6 +100,7 @@ fn refuse<T>(reason: Reason, message: impl Into<String>) -> Result<T, Refusal> {
 pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval) -> (Catalog, Vec<Outcome>) {
     let mut pass = Pass {
         previous,
+        on_removal,
         next: Catalog { version: previous.version, next_table: previous.next_table.max(1), ..Catalog::default() },
         outcomes: Vec::with_capacity(declared.len()),
         terminating: Vec::new(),
@@ -133,6 +134,7 @@ fn known(previous: &Catalog) -> HashSet<&str> {
 
 struct Pass<'a> {
     previous: &'a Catalog,
+    on_removal: OnRemoval,
     next: Catalog,
     outcomes: Vec<Outcome>,
     terminating: Vec<StorageName>,
@@ -275,7 +277,13 @@ impl Pass<'_> {
         }
         self.check_replication(spec.replication.as_ref(), warnings)?;
         let kind = if object.kind == Kind::UserTable { TableKind::User } else { TableKind::Shared };
-        let live = self.previous.tables.get(&name);
+        // Another object under the name of one whose files were to go with it: a new table, not the old one again.
+        let is_gone = |old: &&TableEntry| {
+            self.on_removal == OnRemoval::FollowPolicy
+                && old.deletion_policy == DeletionPolicy::Delete
+                && old.object.uid != object.uid
+        };
+        let live = self.previous.tables.get(&name).filter(|old| !is_gone(old));
         let old = live.or_else(|| self.previous.retained.get(&name));
         if let Some(old) = old
             && old.kind != kind

@@ -87,7 +87,10 @@ async fn tail(home: Arc<dyn ObjectStore>, catalog: CatalogHandle, ready: watch::
                 if next.version > current.catalog.version {
                     match catalog.replace(next) {
                         Ok(()) => tracing::info!(version, "serving a new catalog"),
-                        Err(error) => tracing::error!(error = %Chain(&error), "cannot save the catalog"),
+                        Err(error) => {
+                            tracing::error!(error = %Chain(&error), "cannot save the catalog");
+                            tokio::time::sleep(BACKOFF).await;
+                        }
                     }
                 }
                 if !loaded {

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -15,7 +16,7 @@ use kalamdb_table_store::store::Credentials;
 use crate::args::Standalone;
 use crate::auth::Tokens;
 use crate::catalog::CatalogHandle;
-use crate::engine::Secrets;
+use crate::engine::{Engine, Secrets};
 use crate::server::{self, Parts};
 
 /// How often the folder is looked at; the promise is one second.
@@ -33,13 +34,15 @@ pub async fn run(args: &Standalone) -> anyhow::Result<()> {
     anyhow::ensure!(folder.is_dir(), "the manifest folder `{}` does not exist", folder.display());
     let parts = Parts::open(&args.server)?;
     // Rows carry the ids of their tables: given anew, they could show one table's rows as another's.
+    // One version above is what a crash between noting and saving leaves; its ids were never served.
+    let (saved, noted) = (parts.catalog.current().catalog.version, parts.engine.noted_catalog()?);
     anyhow::ensure!(
-        parts.catalog.current().catalog.version > 0 || !parts.engine.has_rows()?,
-        "`{}` has rows and no `catalog.json`; restore that file, or start with another data folder",
+        saved + 1 >= noted && (saved > 0 || !parts.engine.has_rows()?),
+        "`{}` has rows of catalog version {noted}, and its `catalog.json` has version {saved}; restore the newer file",
         args.server.data_dir.display()
     );
     let tokens = Tokens::of_data_dir(&args.server.data_dir)?;
-    let mut watched = Watched::new(parts.catalog.clone(), parts.secrets.clone());
+    let mut watched = Watched::new(parts.catalog.clone(), Arc::clone(&parts.engine), parts.secrets.clone());
     watched.look(&folder);
     parts.ready.send_replace(true);
     let watching = tokio::spawn(async move {
@@ -56,14 +59,15 @@ pub async fn run(args: &Standalone) -> anyhow::Result<()> {
 /// The folder as it was when last looked at.
 struct Watched {
     catalog: CatalogHandle,
+    engine: Arc<Engine>,
     secrets: Secrets,
     seen: Option<Vec<(String, String)>>,
     unreadable: bool,
 }
 
 impl Watched {
-    const fn new(catalog: CatalogHandle, secrets: Secrets) -> Self {
-        Self { catalog, secrets, seen: None, unreadable: false }
+    const fn new(catalog: CatalogHandle, engine: Arc<Engine>, secrets: Secrets) -> Self {
+        Self { catalog, engine, secrets, seen: None, unreadable: false }
     }
 
     /// Serves what the folder says now, if that has changed.
@@ -81,13 +85,18 @@ impl Watched {
         if self.seen.as_ref() == Some(&files) {
             return;
         }
-        self.apply(&manifests::folder(&files));
-        self.seen = Some(files);
+        if self.apply(&manifests::folder(&files)) {
+            self.seen = Some(files);
+        }
     }
 
-    fn apply(&self, folder: &Folder) {
+    /// Whether the folder need not be looked at again as it is.
+    fn apply(&self, folder: &Folder) -> bool {
         for problem in &folder.problems {
             tracing::error!(error = %problem, "a manifest is broken; what was good before is served on");
+        }
+        if folder.incomplete {
+            return true;
         }
         let secrets: HashMap<String, Credentials> = folder
             .secrets
@@ -95,9 +104,6 @@ impl Watched {
             .map(|(name, secret)| (name.clone(), Credentials::new(secret.values.clone())))
             .collect();
         self.secrets.replace(secrets);
-        if folder.incomplete {
-            return;
-        }
         let current = self.catalog.current();
         let (next, outcomes) = compile(&current.catalog, &folder.declared, OnRemoval::Retain);
         for outcome in &outcomes {
@@ -113,12 +119,23 @@ impl Watched {
             }
         }
         if next.version == current.catalog.version {
-            return;
+            return true;
         }
         let (version, tables) = (next.version, next.tables.len());
+        // Noted first: a data folder whose catalog is older than this would give ids a second time.
+        if let Err(error) = self.engine.note_catalog(version) {
+            tracing::error!(error = %error, "cannot note the catalog's version; serving the one before");
+            return false;
+        }
         match self.catalog.replace(next) {
-            Ok(()) => tracing::info!(version, tables, "serving a new catalog"),
-            Err(error) => tracing::error!(error = %error, "cannot save the catalog; serving the one before"),
+            Ok(()) => {
+                tracing::info!(version, tables, "serving a new catalog");
+                true
+            }
+            Err(error) => {
+                tracing::error!(error = %error, "cannot save the catalog; serving the one before");
+                false
+            }
         }
     }
 }

@@ -186,9 +186,11 @@ impl StreamWriter {
                 Ok(self.next_seq - 1)
             }
             Ok(Create::Lost(found)) => {
-                self.end = Some(match StreamObject::decode(&found) {
-                    Ok(StreamObject { body: Body::Fence { by }, .. }) => End::Fenced { by },
-                    _ => End::Foreign { path },
+                // What cannot be read proves nothing: it may be the page of a proxy. The object stays pending.
+                let found = StreamObject::decode(&found);
+                self.end = Some(match found.map_err(|source| StreamError::Corrupt { path: path.clone(), source })? {
+                    StreamObject { body: Body::Fence { by }, .. } => End::Fenced { by },
+                    StreamObject { .. } => End::Foreign { path },
                 });
                 self.check_end().map(|()| self.next_seq)
             }

@@ -12,10 +12,11 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use bytes::Bytes;
 use kalamdb_model::{Generation, InstanceId, Location, TableEntry};
-use kalamdb_table_store::create::{self, CreateError};
+use kalamdb_table_store::create::{self, Create, CreateError};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 use kalamdb_table_store::parquet_file;
 use kalamdb_table_store::paths::{self, PathError};
+use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{CommitError, RowError};
 
 use super::instance::InstanceError;
@@ -47,6 +48,20 @@ pub enum FlushError {
     /// Another flush of the instance, or its storage, takes too long to wait for.
     #[error("the flush goes on, and takes longer than {} s", WAIT.as_secs())]
     Waiting,
+    /// The rows have columns that the catalog here does not know; a file without them would lose them.
+    #[error("buffered rows have schema version {found}, and the catalog has {known}")]
+    NewerRows {
+        /// Of the rows.
+        found: u32,
+        /// Of the catalog.
+        known: u32,
+    },
+    /// Another object lies under the file's name.
+    #[error("`{path}` holds other bytes than were uploaded")]
+    Garbled {
+        /// The file.
+        path: String,
+    },
     /// Freezing.
     #[error("failed to freeze the buffered rows")]
     Freeze(#[from] CommitError),
@@ -90,21 +105,25 @@ impl Engine {
         let instance = self.instances.get(id)?;
         let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
         let _one_at_a_time = earlier.map_err(|_| FlushError::Waiting)?;
-        let snapshot = self.catalog.current();
-        let table = Arc::clone(snapshot.table_by_id(id.table).ok_or(FlushError::TableGone)?);
         let mut flushed = Flushed::default();
-        // Before anything is uploaded: what a former process committed and did not publish must not be written again.
-        self.open_stream(&RootKey::of(&table.location)).await?;
+        // Before anything is frozen or uploaded: what a former process committed and did not publish must not be written
+        // again.
+        self.open_stream(&RootKey::of(&self.table(id)?.location)).await?;
         // A generation that an earlier attempt froze comes first, then the rows of now.
         let last = self.buffer.counters(id)?.active;
         while let Some(generation) = self.buffer.freeze(id.clone()).await? {
             crash::point("flush.frozen");
-            flushed.rows += self.flush_generation(&table, id, generation).await?;
+            // Taken after the freeze: a column that was added while we waited is in the frozen rows already.
+            flushed.rows += self.flush_generation(&self.table(id)?, id, generation).await?;
             if generation >= last {
                 break;
             }
         }
         Ok(flushed)
+    }
+
+    fn table(&self, id: &InstanceId) -> Result<Arc<TableEntry>, FlushError> {
+        self.catalog.current().table_by_id(id.table).cloned().ok_or(FlushError::TableGone)
     }
 
     async fn flush_generation(
@@ -143,13 +162,24 @@ impl Engine {
         let all: Vec<usize> = (0..table.arrow_schema().fields().len()).collect();
         let mut batches = Batches::new(table, &all, BATCH_ROWS);
         let mut damaged: Option<RowError> = None;
-        self.buffer.scan_generation(id, generation, &mut |_, _, row| match batches.push(row) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                damaged = Some(error);
-                ControlFlow::Break(())
+        let mut newer = None;
+        self.buffer.scan_generation(id, generation, &mut |_, _, row| {
+            let pushed = Header::parse(row).and_then(|header| {
+                newer = newer.max((header.schema_version > table.schema_version).then_some(header.schema_version));
+                batches.push(row)
+            });
+            match pushed {
+                Ok(()) if newer.is_none() => ControlFlow::Continue(()),
+                Ok(()) => ControlFlow::Break(()),
+                Err(error) => {
+                    damaged = Some(error);
+                    ControlFlow::Break(())
+                }
             }
         })?;
+        if let Some(found) = newer {
+            return Err(FlushError::NewerRows { found, known: table.schema_version });
+        }
         if let Some(error) = damaged {
             return Err(error.into());
         }
@@ -183,10 +213,12 @@ impl Engine {
         file: Encoded,
     ) -> Result<Edit, FlushError> {
         let store = self.storages.store(&self.catalog.current(), &RootKey::of(location))?;
-        // The name holds a fresh ULID, so an object that is there already is this very upload, tried twice.
-        create::create_exact(store.as_ref(), &file.path, file.bytes)
-            .await
-            .map_err(|source| FlushError::Upload { path: file.path.to_string(), source: Box::new(source) })?;
+        let failed = |source| FlushError::Upload { path: file.path.to_string(), source: Box::new(source) };
+        // Under a fresh ULID nobody else writes: other bytes there are our own, garbled, or an answer that is no object's.
+        match create::create_exact(store.as_ref(), &file.path, file.bytes).await.map_err(failed)? {
+            Create::Ours => {}
+            Create::Lost(_) => return Err(FlushError::Garbled { path: file.path.to_string() }),
+        }
         let last_seq = file.entry.max_seq;
         Ok(Edit { instance: id.clone(), generation, last_seq, add: vec![file.entry], remove: Vec::new() })
     }

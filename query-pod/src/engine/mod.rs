@@ -161,6 +161,23 @@ impl Engine {
         self.buffer.state_put("owner", b"1")
     }
 
+    /// Takes note that a catalog of this version is about to be served.
+    ///
+    /// # Errors
+    /// If the write buffer does not write.
+    pub fn note_catalog(&self, version: u64) -> Result<(), kalamdb_write_buffer::ReadError> {
+        self.buffer.state_put("catalog", version.to_string().as_bytes())
+    }
+
+    /// The newest catalog version that was noted; 0 = none.
+    ///
+    /// # Errors
+    /// If the write buffer does not read.
+    pub fn noted_catalog(&self) -> Result<u64, kalamdb_write_buffer::ReadError> {
+        let noted = self.buffer.state_get("catalog")?;
+        Ok(noted.and_then(|text| String::from_utf8(text).ok()?.parse().ok()).unwrap_or(0))
+    }
+
     /// Whether rows were ever written or flushed here: then the ids of tables mean something, and must not be given anew.
     ///
     /// # Errors

@@ -79,7 +79,8 @@ impl Schedule {
                 continue;
             }
             let Some(table) = snapshot.table_by_id(id.table) else { continue };
-            let age = Duration::from_micros(u64::try_from(clock.saturating_sub(entry.oldest_us)).unwrap_or(0));
+            // A clock that stepped back tells no age: better a flush too early than hours too late.
+            let age = u64::try_from(clock.saturating_sub(entry.oldest_us)).map_or(Duration::MAX, Duration::from_micros);
             if entry.urgent || table.flush_policy.is_due(entry.rows, age) {
                 entry.flushing = true;
                 due.push(id.clone());
@@ -103,7 +104,11 @@ impl Schedule {
                 entry.urgent = counters.has_frozen();
                 entry.backoff = Backoff::default();
             }
-            None => entry.not_before = Some(Instant::now() + entry.backoff.next()),
+            // The round that froze the rows has set `rows` to 0: without the urgency nothing would be due again.
+            None => {
+                entry.urgent = true;
+                entry.not_before = Some(Instant::now() + entry.backoff.next());
+            }
         }
     }
 }

@@ -42,6 +42,9 @@ const QUEUE_MAX: usize = 1_024;
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
+/// Edits of one object, bytes; half of what an object may have, for the one that goes over it.
+const ROUND_BYTES_MAX: usize = 8 << 20;
+
 struct Request {
     /// `None` only asks that the stream be open.
     edit: Option<Edit>,
@@ -119,7 +122,10 @@ impl Engine {
                 let (engine, again) = (Arc::clone(self), edit.clone());
                 match tokio::task::spawn_blocking(move || engine.publish(&again)).await {
                     Ok(Ok(())) => break,
-                    Ok(Err(error)) => tracing::error!(error = %Chain(&error), "cannot publish a committed flush"),
+                    Ok(Err(error)) => {
+                        tracing::error!(error = %Chain(&error), "cannot publish a committed flush");
+                        self.broken.store(true, Ordering::Release);
+                    }
                     Err(error) => tracing::error!(error = %error, "cannot publish a committed flush"),
                 }
                 self.pause(&mut backoff).await?;
@@ -140,6 +146,12 @@ impl Engine {
     }
 }
 
+/// About what an edit takes in its object: keys are written in hex.
+fn size(request: &Request) -> usize {
+    let files = request.edit.iter().flat_map(|edit| &edit.add);
+    files.map(|file| 512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len()).sum()
+}
+
 async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Request>) {
     let Ok(mut stream) = open(&engine, &root).await else { return };
     loop {
@@ -147,8 +159,11 @@ async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Reque
             () = engine.stop.cancelled() => return,
             request = queue.recv() => match request { Some(request) => request, None => return },
         };
+        let mut bytes = size(&first);
         let mut round = vec![first];
-        while let Ok(more) = queue.try_recv() {
+        while bytes < ROUND_BYTES_MAX {
+            let Ok(more) = queue.try_recv() else { break };
+            bytes += size(&more);
             round.push(more);
         }
         let edits: Vec<Edit> = round.iter().filter_map(|request| request.edit.clone()).collect();

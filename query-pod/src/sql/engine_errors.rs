@@ -63,11 +63,14 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
     match error {
         FlushError::Storage(error) => of_storage(error),
         FlushError::Freeze(error) => of_commit(error.clone()),
-        FlushError::Upload { .. } | FlushError::Ship(_) | FlushError::Waiting => ApiError::unavailable(
-            "STORAGE_UNAVAILABLE",
-            "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
-        ),
+        FlushError::Upload { .. } | FlushError::Garbled { .. } | FlushError::Ship(_) | FlushError::Waiting => {
+            ApiError::unavailable(
+                "STORAGE_UNAVAILABLE",
+                "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
+            )
+        }
         FlushError::TableGone
+        | FlushError::NewerRows { .. }
         | FlushError::Instance(_)
         | FlushError::Buffer(_)
         | FlushError::Row(_)

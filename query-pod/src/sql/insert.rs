@@ -26,6 +26,9 @@ use crate::engine::{NewRow, now_us};
 use crate::error::{ApiError, Kind};
 use crate::http::encode::Answer;
 
+/// Largest primary key, encoded: every file's smallest and largest key stand in its manifest.
+const KEY_BYTES_MAX: usize = 8 << 10;
+
 /// A row before encoding: values in table order, and whether the whole key was generated.
 struct Row {
     values: Vec<Value>,
@@ -58,7 +61,11 @@ impl Sql {
             return Err(ApiError::invalid("INVALID_PARAMETER", message));
         }
         let positions = table.key_positions();
-        let encoded = rows.iter().map(|row| encode(&table, &positions, row)).collect();
+        let encoded: Vec<NewRow> = rows.iter().map(|row| encode(&table, &positions, row)).collect();
+        if let Some(index) = encoded.iter().position(|row| row.encoded.key.len() > KEY_BYTES_MAX) {
+            let message = format!("row {}: its primary key has more than {KEY_BYTES_MAX} bytes", index + 1);
+            return Err(ApiError::new(Kind::TooLarge, "KEY_TOO_LARGE", message));
+        }
         let key_text = |index: usize| shown_key(&table, &positions, &rows[index]);
         // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
         let (engine, into) = (Arc::clone(&self.engine), Arc::clone(&table));

@@ -19,6 +19,7 @@ use parquet::errors::ParquetError;
 use super::parse::{self, QueryStatement};
 use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
+use crate::engine::StoragesError;
 use crate::error::{ApiError, Kind};
 use crate::http::encode::{Answer, Encoder};
 
@@ -237,7 +238,8 @@ fn is_of_store(error: &(dyn std::error::Error + 'static)) -> bool {
         Some(ParquetError::General(text)) => text.contains("Object Store error: "),
         _ => false,
     };
-    boxed || wrapped || external || error.downcast_ref::<object_store::Error>().is_some()
+    let unusable = error.downcast_ref::<StoragesError>().is_some();
+    boxed || wrapped || external || unusable || error.downcast_ref::<object_store::Error>().is_some()
 }
 
 /// The name in DataFusion's `table 'kalam.app.t' not found`, as the client wrote it.

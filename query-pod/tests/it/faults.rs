@@ -13,7 +13,7 @@ use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::engine::{Engine, EngineLimits, NewRow, RootKey, Secrets, Storages};
 use kalamdb_query_pod::metrics::Metrics;
 use kalamdb_test_support::fault_store::{FaultStore, Rates};
-use kalamdb_test_support::pod::MANIFESTS;
+use kalamdb_test_support::pod::{MANIFESTS, eventually};
 use kalamdb_write_buffer::{EncodedRow, row};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -33,8 +33,12 @@ impl World {
     }
 
     fn open(&self) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
+        self.open_with(MANIFESTS)
+    }
+
+    fn open_with(&self, manifests: &str) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
         let catalog = CatalogHandle::open(self.dir.path())?;
-        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), MANIFESTS.to_owned())]);
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
         let (compiled, _) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
         catalog.replace(compiled)?;
         let faults = self.faults.clone();
@@ -163,5 +167,66 @@ async fn a_process_that_was_fenced_acknowledges_nothing_more() -> anyhow::Result
     ensure!(insert(&engine, &table, &owner, 3).await.is_err(), "a fenced process acknowledged a row");
     ensure!(seen(&world, &engine, &table, &owner).await? == [1, 2]);
     engine.close(Duration::from_secs(1)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_that_failed_is_tried_again_without_another_write() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&MANIFESTS.replace("interval: 1h", "interval: 1s"))?;
+    let owner = user("alice")?;
+    let buffered = || anyhow::Ok(engine.read(&table, &owner, &[0], None)?.buffered[0].num_rows());
+    insert(&engine, &table, &owner, 1).await?;
+    eventually("the first row is flushed by its age", async || Ok(buffered()? == 0)).await?;
+    world.faults.set_down(true);
+    let before = world.faults.faults();
+    insert(&engine, &table, &owner, 2).await?;
+    eventually("a flush has failed", async || Ok(world.faults.faults() > before + 3)).await?;
+    world.faults.set_down(false);
+    eventually("the second row is flushed by itself", async || Ok(buffered()? == 0)).await?;
+    ensure!(seen(&world, &engine, &table, &owner).await? == [1, 2]);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_that_is_added_while_a_flush_waits_keeps_its_values() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open()?;
+    let owner = user("alice")?;
+    let id = Engine::instance_id(&table, &owner);
+    world.faults.set_down(true);
+    insert(&engine, &table, &owner, 1).await?;
+    let waiting = tokio::spawn({
+        let (engine, id) = (Arc::clone(&engine), id.clone());
+        async move { engine.flush(&id).await }
+    });
+    eventually("the flush waits for the storage", async || Ok(world.faults.faults() > 2)).await?;
+    let wider = MANIFESTS.replace(
+        "{name: body, type: TEXT, nullable: false}",
+        "{name: body, type: TEXT, nullable: false}\n    - {name: note, type: TEXT}",
+    );
+    let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), wider)]);
+    let (compiled, _) = compile(&engine.catalog().current().catalog, &folder.declared, OnRemoval::Retain);
+    engine.catalog().replace(compiled)?;
+    let table = engine.catalog().current().table(&table.name).context("the table")?.clone();
+    let values = [Value::BigInt(2), Value::Text("b".into()), Value::Text("precious".into())];
+    let encoded = EncodedRow { key: key::encode(&values[..1]), value: row::encode(&table, &values) };
+    engine.insert(&table, &owner, vec![NewRow { encoded, generated: false }]).await?;
+    world.faults.set_down(false);
+    let _ = waiting.await?;
+    engine.flush(&id).await?;
+    let mut notes = Vec::new();
+    for file in &engine.read(&table, &owner, &[0], None)?.view.manifest.files {
+        let path = object_store::path::Path::parse(&file.path)?;
+        let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
+        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
+            let batch = batch?;
+            let column = batch.column_by_name("note").map(|column| column.as_string::<i32>().clone());
+            notes.extend(column.iter().flatten().flatten().map(str::to_owned).collect::<Vec<_>>());
+        }
+    }
+    ensure!(notes == ["precious"], "{notes:?}");
+    engine.close(Duration::from_secs(5)).await;
     Ok(())
 }
