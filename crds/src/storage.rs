@@ -262,7 +262,7 @@ pub struct StorageStatus {
     /// Version of the catalog that contains that generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub catalog_version: Option<i64>,
-    /// The tables with files in it; while there are any, it cannot be deleted.
+    /// The tables declared in it; while there are any, it cannot be deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by: Option<Dependents>,
     /// Ready, Accepted, Reachable, Reconciling, Stalled.

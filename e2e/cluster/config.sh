@@ -100,6 +100,18 @@ nftables: {minSyncPeriod: 100ms}
 Y
 }
 
+# What pods ask of the API server; the tests hold their roles against it. Kubernetes' own controllers are left out.
+audit_yaml() {
+  cat <<Y
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - {level: None, userGroups: ["system:serviceaccounts:kube-system"]}
+  - {level: Metadata, userGroups: ["system:serviceaccounts"]}
+Y
+}
+
 corefile() {
   cat <<Y
 . {
@@ -120,5 +132,6 @@ containerd_toml >"$STATE/containerd.toml"
 cni_conflist >"$STATE/cni/10-kalamdb.conflist"
 kubelet_yaml >"$STATE/kubelet.yaml"
 proxy_yaml >"$STATE/proxy.yaml"
+audit_yaml >"$STATE/audit.yaml"
 corefile >"$STATE/Corefile"
 echo "nameserver $NODE_IP" >"$STATE/resolv.conf"

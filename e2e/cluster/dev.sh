@@ -2,7 +2,8 @@
 # One KalamDB instance on a real cluster of this machine: operator, query pod, Service, and an S3 server beside it.
 #
 #   dev.sh up       builds and starts all of it; on a running one: loads the new images and manifests, keeps the data
-#   dev.sh env      prints the lines to `eval` before kubectl, or before the tests of e2e/tests/cluster.rs
+#   dev.sh env      prints the lines to `eval` before kubectl, or before the tests of e2e/tests/cluster
+#   dev.sh install  installs the instance on another cluster, that of KUBECONFIG; kind-config.yaml shows how
 #   dev.sh report   prints pods, events and logs, for a failure
 #   dev.sh down     removes everything
 set -euo pipefail
@@ -42,6 +43,8 @@ Y
 
 # Inside the cluster the server has a name, so that examples need not know this machine's address and port.
 s3_service() {
+  local address=${KALAMDB_TEST_S3_ENDPOINT#http://}
+  address=${address%:*}
   cat <<Y
 apiVersion: v1
 kind: Service
@@ -53,7 +56,7 @@ kind: EndpointSlice
 metadata: {name: s3, namespace: kalamdb, labels: {kubernetes.io/service-name: s3}}
 addressType: IPv4
 ports: [{name: s3, port: ${KALAMDB_TEST_S3_ENDPOINT##*:}}]
-endpoints: [{addresses: [$HOST_IP]}]
+endpoints: [{addresses: [$address]}]
 Y
 }
 
@@ -75,7 +78,7 @@ ready() {
 
 up() {
   local archives again=
-  [ "$(id -u)" = 0 ] || die "a cluster needs root; run: sudo -E make dev-cluster"
+  [ "$(id -u)" = 0 ] || die "a cluster needs root; run: sudo -E env \"PATH=\$PATH\" make dev-cluster"
   "$HERE/install.sh" build
   "$HERE/install.sh" cluster
   (cd "$ROOT" && cargo build --workspace --bins)
@@ -98,16 +101,25 @@ up() {
   }
 }
 
+install() {
+  [ -n "${KUBECONFIG-}" ] || die "\`KUBECONFIG\` is not set"
+  [ -n "${KALAMDB_TEST_S3_ENDPOINT-}" ] || die "no S3 server; start one with s3.sh and \`eval\` its variables"
+  export KUBECACHEDIR
+  KUBECACHEDIR=$(mktemp -d)
+  # shellcheck disable=SC2064  # the folder as of now
+  trap "rm -rf $KUBECACHEDIR" EXIT
+  kubectl() { command kubectl "$@"; }
+  apply
+  ready || die "operator or query pod did not become ready"
+}
+
 variables() {
   cluster_runs || die "no cluster is running; start one with: make dev-cluster"
   "$HERE/s3.sh" env $S3
   cat <<Y
 export KUBECONFIG=$STATE/admin.kubeconfig
 export KUBECACHEDIR=$KUBECACHEDIR
-export KALAMDB_IMAGE_LOADER=$HERE/load-image.sh
-export KALAMDB_IMAGES=$IMAGES
-export KALAMDB_CLUSTER_SCRIPTS=$HERE
-export KALAMDB_KUBECTL=$STATE/bin/kubectl
+export KALAMDB_AUDIT_LOG=$STATE/log/audit.log
 export PATH=$STATE/bin:\$PATH
 Y
 }
@@ -123,7 +135,7 @@ KalamDB is running. To go on, paste:
   kubectl -n kalamdb apply -f examples/s3/
   kubectl -n kalamdb get kalamdb                 # every custom resource
   TOKEN=\$(kubectl -n kalamdb exec kalamdb-0 -- kalamdb-query-pod token --user alice)
-  curl -s http://$ip:2900/v1/api/sql -H "Authorization: Bearer \$TOKEN" -H 'Content-Type: application/json' \\
+  curl -sS http://$ip:2900/v1/api/sql -H "Authorization: Bearer \$TOKEN" -H 'Content-Type: application/json' \\
     -d '{"sql": "SELECT 1"}'
 
 The S3 server is at $KALAMDB_TEST_S3_ENDPOINT, its files are in $STATE_HOME/s3/$S3/data.
@@ -158,7 +170,8 @@ case ${1-} in
     next_steps
     ;;
   env) variables ;;
+  install) install ;;
   report) report ;;
   down) down ;;
-  *) die "usage: dev.sh up|env|report|down" ;;
+  *) die "usage: dev.sh up|env|install|report|down" ;;
 esac

@@ -51,6 +51,7 @@ kube kube-apiserver --etcd-servers http://127.0.0.1:2379 --bind-address 0.0.0.0 
   --kubelet-client-certificate "$P/apiserver-kubelet.crt" --kubelet-client-key "$P/apiserver-kubelet.key" \
   --kubelet-certificate-authority "$P/ca.crt" \
   --service-account-issuer https://kubernetes.default.svc.cluster.local \
+  --audit-policy-file "$STATE/audit.yaml" --audit-log-path "$STATE/log/audit.log" \
   --service-account-key-file "$P/sa.pub" --service-account-signing-key-file "$P/sa.key" \
   --requestheader-client-ca-file "$P/front-ca.crt" --requestheader-allowed-names front-proxy-client \
   --requestheader-username-headers X-Remote-User --requestheader-group-headers X-Remote-Group \

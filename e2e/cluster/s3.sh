@@ -2,7 +2,7 @@
 # Runs real S3 servers for tests and development: versitygw over a folder, or MinIO with S3_SERVER=minio.
 #
 #   s3.sh start NAME ADDRESS BUCKET...   starts a server on a free port and makes the buckets; a server of that name
-#                                        that was stopped gets its old port, keys and data
+#                                        that was stopped gets its old program, port, keys and data
 #   s3.sh stop NAME                      stops it; the data stays
 #   s3.sh remove NAME                    stops it and deletes the data
 #   s3.sh env NAME                       prints the lines to `eval`: endpoint, region, keys and first bucket
@@ -33,6 +33,7 @@ settings() { # NAME ADDRESS BUCKET: makes them once, sets the variables
   mkdir -p "$dir/data"
   chmod 700 "$dir"
   [ -s "$dir/env" ] || cat >"$dir/env" <<Y
+export S3_SERVER=$SERVER
 export KALAMDB_TEST_S3_ENDPOINT=http://$2:$(free_port "$2")
 export KALAMDB_TEST_S3_REGION=$REGION
 export KALAMDB_TEST_S3_ACCESS_KEY=$(random 20)
@@ -41,6 +42,7 @@ export KALAMDB_TEST_S3_BUCKET=$3
 Y
   # shellcheck disable=SC1091
   . "$dir/env"
+  SERVER=$S3_SERVER
 }
 
 signed() { # METHOD PATH: prints the HTTP status

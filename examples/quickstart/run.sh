@@ -57,7 +57,8 @@ reader() {
   elif python3 -c 'import pyarrow' 2>/dev/null; then
     echo "$arrow"
   else
-    echo "$arrow   # after: pip install pyarrow"
+    # Debian lets pip install into such a folder only.
+    echo "$arrow   # after: python3 -m venv /tmp/venv && . /tmp/venv/bin/activate && pip install pyarrow"
   fi
 }
 
@@ -73,7 +74,7 @@ Paste these lines into another terminal.
 # Two users of the same table, app.messages.
 ALICE=$alice
 BOB=$bob
-sql() { curl -s http://$listen/v1/api/sql -H "Authorization: Bearer \$1" -H 'Content-Type: application/json' -d "\$2"; echo; }
+sql() { curl -sS http://$listen/v1/api/sql -H "Authorization: Bearer \$1" -H 'Content-Type: application/json' -d "\$2"; echo; }
 
 # Both write.
 sql \$ALICE '{"sql": "INSERT INTO app.messages (body, price) VALUES (\$1, \$2)", "params": ["alice was here", "1.2345"]}'

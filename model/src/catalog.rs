@@ -20,6 +20,9 @@ use crate::value::Value;
 pub struct Catalog {
     /// Number of the catalog-log object that this is the state after; 0 = empty.
     pub version: u64,
+    /// Random text of whoever stored this version, which tells it from the same number of another history. Empty in an
+    /// empty catalog and in one that is not stored yet.
+    pub nonce: String,
     /// The next table gets this id. Ids are never reused.
     pub next_table: u32,
     /// By SQL name.

@@ -94,14 +94,19 @@ fn refuse<T>(reason: Reason, message: impl Into<String>) -> Result<T, Refusal> {
     Err(Refusal { reason, message: message.into() })
 }
 
-/// Compiles `declared`, all objects there are, on top of `previous`. The result's version is one above `previous`'s if
-/// anything differs, else the same. Outcomes come sorted by kind and name.
+/// Compiles `declared`, all objects there are, on top of `previous`. If anything differs, the result's version is one
+/// above `previous`'s and whoever stores it gives it a nonce; else it is `previous`. Outcomes come sorted by kind and name.
 #[must_use]
 pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval) -> (Catalog, Vec<Outcome>) {
     let mut pass = Pass {
         previous,
         on_removal,
-        next: Catalog { version: previous.version, next_table: previous.next_table.max(1), ..Catalog::default() },
+        next: Catalog {
+            version: previous.version,
+            nonce: previous.nonce.clone(),
+            next_table: previous.next_table.max(1),
+            ..Catalog::default()
+        },
         outcomes: Vec::with_capacity(declared.len()),
         terminating: Vec::new(),
     };
@@ -118,6 +123,7 @@ pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval)
     let mut next = pass.next;
     if next != *previous {
         next.version = previous.version + 1;
+        next.nonce.clear();
     }
     pass.outcomes.sort_by(|a, b| (a.object.kind, &a.object.name).cmp(&(b.object.kind, &b.object.name)));
     (next, pass.outcomes)
@@ -180,6 +186,7 @@ impl Pass<'_> {
         let shared_tables_template = template("sharedTablesTemplate", template::shared(&spec.shared_tables_template))?;
         let user_tables_template = template("userTablesTemplate", template::user(&spec.user_tables_template))?;
         self.refuse_taken("storage", &spec.sql_name, self.next.storages.get(&spec.sql_name).map(|e| &e.object))?;
+        self.refuse_another_storage(&declared.object, spec)?;
         let old = self.previous.storages.get(&spec.sql_name);
         let mut roots = old.map(|entry| entry.roots.clone()).unwrap_or_default();
         let identity = spec.root.identity();
@@ -209,6 +216,26 @@ impl Pass<'_> {
         };
         self.next.storages.insert(spec.sql_name.clone(), entry);
         Ok(())
+    }
+
+    /// Tables stand on a storage's name and type; in a cluster, the API server refuses the same.
+    fn refuse_another_storage(&self, object: &ObjectRef, spec: &StorageSpec) -> Result<(), Refusal> {
+        let mut storages = self.previous.storages.iter();
+        let Some((name, old)) = storages.find(|(_, entry)| entry.object.uid == object.uid) else { return Ok(()) };
+        if *name != spec.sql_name {
+            let message = format!("spec.sqlName: cannot be changed from `{name}`; declare another storage instead");
+            return refuse(Reason::IncompatibleChange, message);
+        }
+        match old.roots.get(&old.current_root) {
+            Some(root) if std::mem::discriminant(root) != std::mem::discriminant(&spec.root) => refuse(
+                Reason::IncompatibleChange,
+                format!(
+                    "spec.type: cannot be changed; its files are at `{}`; declare another storage instead",
+                    root.url()
+                ),
+            ),
+            _ => Ok(()),
+        }
     }
 
     fn namespace(&mut self, object: &ObjectRef, spec: &NamespaceSpec) -> Result<(), Refusal> {

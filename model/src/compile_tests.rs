@@ -223,6 +223,54 @@ fn a_storage_in_use_stays_when_its_declaration_goes() {
     assert_eq!(reason(&outcomes, "app"), Some(Reason::StorageNotFound));
 }
 
+#[test]
+fn a_storage_keeps_its_name_and_type_and_with_them_its_last_good_entry() {
+    let (first, _) = run(&Catalog::default(), &with([table("t")]));
+    let refused = |change: &dyn Fn(&mut StorageSpec)| {
+        let mut changed = storage("local", "./files");
+        let Ok(Spec::Storage(spec)) = &mut changed.spec else { panic!("a storage") };
+        change(spec);
+        let (second, outcomes) = run(&first, &[changed.clone(), namespace("app", "local"), table("t")]);
+        assert_eq!((&second, reason(&outcomes, "local")), (&first, Some(Reason::IncompatibleChange)));
+        // Another object under the name, as when it is deleted and created again, is another storage.
+        changed.object.uid = "another".to_owned();
+        let (_, outcomes) = run(&first, &[changed]);
+        assert_eq!(reason(&outcomes, "local"), None);
+    };
+    refused(&|spec| spec.sql_name = StorageName::new("lo_cal").expect("name"));
+    refused(&|spec| spec.root = StorageRoot::Gcs { bucket: "bucket".to_owned(), prefix: String::new() });
+}
+
+#[test]
+fn a_table_that_is_created_again_after_deletion_with_its_files_is_another_table() {
+    let declared = |uid: &str, policy: DeletionPolicy| {
+        let spec = TableSpec { deletion_policy: policy, ..table_spec("t", vec![column_spec("body", "TEXT")]) };
+        let mut declared = table_of(Kind::UserTable, spec);
+        declared.object.uid = uid.to_owned();
+        with([declared])
+    };
+    let id = |catalog: &Catalog| get(catalog, "app.t").expect("accepted").id;
+    for (policy, is_another) in [(DeletionPolicy::Delete, true), (DeletionPolicy::Retain, false)] {
+        let compiled = |previous: &Catalog, objects: &[Declared]| compile(previous, objects, OnRemoval::FollowPolicy).0;
+        let first = compiled(&Catalog::default(), &declared("one", policy));
+        let at_once = compiled(&first, &declared("two", policy));
+        let later = compiled(&compiled(&first, &base()), &declared("two", policy));
+        for again in [at_once, later] {
+            assert_eq!(id(&again) != id(&first), is_another, "{policy:?}");
+            assert_eq!(again.next_table, id(&again).0 + 1, "{policy:?}");
+        }
+    }
+}
+
+#[test]
+fn only_a_catalog_that_differs_waits_for_a_nonce() {
+    let (first, _) = run(&Catalog::default(), &with([table("t")]));
+    let stored = Catalog { nonce: "n".to_owned(), ..first };
+    assert_eq!(run(&stored, &with([table("t")])).0, stored);
+    let (next, _) = run(&stored, &with([table("u")]));
+    assert_eq!((next.version, next.nonce.as_str()), (stored.version + 1, ""));
+}
+
 /// Objects of a small world in which names, storages and mistakes meet often.
 fn any_object() -> impl Strategy<Value = Declared> {
     let types = prop::sample::select(vec!["TEXT", "BIGINT", "UUID"]);

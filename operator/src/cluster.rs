@@ -1,6 +1,6 @@
 //! Every call to the API server but the watches: each with a time limit, none with a retry of its own.
 //!
-//! Owns: how statuses, finalizers and events are written, how Secrets are read. Does not own: what is written.
+//! Owns: how statuses and events are written, how Secrets are read. Does not own: what is written.
 //!
 //! Writes carry the resource version of the object that they were decided on: what somebody else has changed meanwhile
 //! is decided on again, never overwritten.
@@ -9,12 +9,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ObjectReference, Secret};
-use k8s_openapi::api::events::v1::Event as CoreEvent;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use k8s_openapi::jiff::Timestamp;
 use kalamdb_crds::{API_VERSION, Namespace, ReplicaNode, SharedTable, Storage, UserTable};
 use kalamdb_model::declared::{Kind, ObjectRef};
-use kube::api::{ApiResource, DynamicObject, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client};
 use serde_json::{Value, json};
@@ -78,14 +75,6 @@ impl CallError {
     pub fn is_forbidden(&self) -> bool {
         self.status().is_some_and(kube::core::Status::is_forbidden)
     }
-
-    /// The Kubernetes namespace is being deleted, or is gone.
-    fn says_that_it_ends(&self) -> bool {
-        self.status().is_some_and(|status| {
-            let causes = status.details.iter().flat_map(|details| &details.causes);
-            status.is_not_found() || causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
-        })
-    }
 }
 
 /// An error with all its causes, for logs.
@@ -127,22 +116,11 @@ impl Cluster {
     /// # Errors
     /// Also if the object is no longer the one that was seen.
     pub async fn patch_status(&self, object: &ObjectRef, patch: &Value) -> Result<Seen, CallError> {
-        let patch = Patch::Merge(json!({"metadata": precondition(object), "status": patch}));
-        let (api, params) = (self.api(object.kind), PatchParams { field_manager: manager(), ..PatchParams::default() });
+        let unchanged = json!({"resourceVersion": object.resource_version, "uid": object.uid});
+        let patch = Patch::Merge(json!({"metadata": unchanged, "status": patch}));
+        let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+        let api = self.api(object.kind);
         let written = within("write a status", api.patch_status(&object.name, &params, &patch)).await?;
-        Ok(Seen::decode(object.kind, written))
-    }
-
-    /// Replaces the object's finalizers; returns the object as it is then.
-    ///
-    /// # Errors
-    /// As [`Cluster::patch_status`].
-    pub async fn set_finalizers(&self, object: &ObjectRef, finalizers: &[String]) -> Result<Seen, CallError> {
-        let mut metadata = precondition(object);
-        metadata["finalizers"] = json!(finalizers);
-        let patch = Patch::Merge(json!({"metadata": metadata}));
-        let (api, params) = (self.api(object.kind), PatchParams { field_manager: manager(), ..PatchParams::default() });
-        let written = within("write finalizers", api.patch(&object.name, &params, &patch)).await?;
         Ok(Seen::decode(object.kind, written))
     }
 
@@ -181,40 +159,6 @@ impl Cluster {
         };
         within("publish an event", self.recorder.publish(&event, &regarding)).await
     }
-
-    /// Whether the Kubernetes namespace is being deleted. Asks by pretending to create an event: the server refuses
-    /// that with the reason, and the operator needs no right to read namespaces, which it does not have.
-    ///
-    /// # Errors
-    /// If the API server does not say.
-    pub async fn is_ending(&self) -> Result<bool, CallError> {
-        let api: Api<CoreEvent> = Api::namespaced(self.client.clone(), &self.namespace);
-        let event = CoreEvent {
-            action: Some("Ask".to_owned()),
-            event_time: Some(MicroTime(Timestamp::now())),
-            metadata: ObjectMeta { name: Some(format!("{MANAGER}-asks")), ..ObjectMeta::default() },
-            reason: Some("Ask".to_owned()),
-            regarding: Some(ObjectReference { namespace: Some(self.namespace.clone()), ..ObjectReference::default() }),
-            reporting_controller: Some(format!("{}/operator", kalamdb_crds::GROUP)),
-            reporting_instance: Some(MANAGER.to_owned()),
-            type_: Some("Normal".to_owned()),
-            ..CoreEvent::default()
-        };
-        let params = PostParams { dry_run: true, field_manager: manager() };
-        match within("say whether the namespace ends", api.create(&params, &event)).await {
-            Ok(_) => Ok(false),
-            Err(error) if error.says_that_it_ends() => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-fn manager() -> Option<String> {
-    Some(MANAGER.to_owned())
-}
-
-fn precondition(object: &ObjectRef) -> Value {
-    json!({"resourceVersion": object.resource_version, "uid": object.uid})
 }
 
 async fn within<T>(action: &'static str, call: impl Future<Output = kube::Result<T>>) -> Result<T, CallError> {

@@ -4,14 +4,15 @@
 //! trim. Does not own: the log's format and its races (`kalamdb_table_store::catalog_log`), what the catalog says.
 //!
 //! After a crash: an entry is in the log or not, and the next start reads which. While the process runs, an append whose
-//! fate is unknown is repeated, unchanged, before anything else is appended.
+//! fate is unknown is repeated, unchanged, before anything else is appended. If the log no longer is the one that was
+//! read, nothing is appended: the next start compiles on what is there.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kalamdb_model::catalog::Catalog;
 use kalamdb_table_store::CatalogLog;
-use kalamdb_table_store::catalog_log::{Appended, LogError, SNAPSHOT_EVERY};
+use kalamdb_table_store::catalog_log::{self, Appended, LogError, SNAPSHOT_EVERY};
 use object_store::ObjectStore;
 
 use crate::backoff::Backoff;
@@ -30,7 +31,7 @@ const ENTRIES_KEPT: u64 = 1024;
 const NOT_TAKEN: &str = "the home store does not take the catalog; trying again";
 const ONE_BY_ONE: &str = "an earlier change of the catalog was only now stored";
 
-/// Another operator leads: this one must end.
+/// Another operator leads, or the log is another one: this operator must end.
 #[derive(Debug, thiserror::Error)]
 pub enum StepDown {
     /// It won a number of the log.
@@ -49,6 +50,18 @@ pub enum StepDown {
         /// Where we are.
         known: u64,
     },
+    /// The home store was brought back to an older state, say.
+    #[error("the catalog log in the home store is not the one that this operator has read")]
+    OtherHistory(#[source] LogError),
+}
+
+/// Why the log does not answer.
+#[derive(Debug, thiserror::Error)]
+enum NoAnswer {
+    #[error("{}", chain(.0))]
+    Failed(LogError),
+    #[error("no answer in {} s", TIMEOUT.as_secs())]
+    Late,
 }
 
 /// Whether the log holds what was to be appended.
@@ -112,7 +125,7 @@ impl Log {
     /// Appends `next`, compiled on [`Log::catalog`], if it differs.
     ///
     /// # Errors
-    /// When another operator leads.
+    /// When another operator leads, or the log is another one.
     pub async fn bring_to(&mut self, next: Catalog, now: Instant) -> Result<Stored, StepDown> {
         let changed = next.version != self.catalog.version;
         if self.retry_at.is_some_and(|at| at > now) && (changed || self.unresolved.is_some()) {
@@ -121,7 +134,7 @@ impl Log {
         self.retry_at = None;
         match self.unresolved.take() {
             Some(unresolved) => {
-                let differs = unresolved != next;
+                let differs = unresolved != Catalog { nonce: unresolved.nonce.clone(), ..next };
                 let stored = self.append(unresolved, now).await?;
                 if stored == Stored::Now && differs {
                     // What is declared by now must be compiled on top of it, at once.
@@ -130,7 +143,7 @@ impl Log {
                 }
                 Ok(stored)
             }
-            None if changed => self.append(next, now).await,
+            None if changed => self.append(Catalog { nonce: catalog_log::nonce(), ..next }, now).await,
             None => Ok(Stored::Already),
         }
     }
@@ -144,6 +157,7 @@ impl Log {
                 Ok(Stored::Now)
             }
             Ok(Appended::Foreign { version, writer }) => Err(StepDown::Lost { version, writer }),
+            Err(NoAnswer::Failed(error @ LogError::OtherHistory { .. })) => Err(StepDown::OtherHistory(error)),
             Err(error) => {
                 let pause = self.backoff.failed();
                 let (version, retry_secs) = (next.version, pause.as_secs());
@@ -160,11 +174,12 @@ impl Log {
     /// another's statuses for ever.
     ///
     /// # Errors
-    /// When another operator leads.
+    /// When another operator leads, or the log is another one.
     pub async fn make_sure_that_we_lead(&self) -> Result<(), StepDown> {
         match in_time(CatalogLog::next(self.home.as_ref(), &self.catalog)).await {
             Ok(None) => Ok(()),
             Ok(Some(found)) => Err(StepDown::Behind { found: found.version, known: self.catalog.version }),
+            Err(NoAnswer::Failed(error @ LogError::OtherHistory { .. })) => Err(StepDown::OtherHistory(error)),
             Err(error) => {
                 // Nobody else can append either, and a status that names the trouble is worth having.
                 tracing::warn!(error = %error, "cannot read the catalog log; reporting what is known");
@@ -189,18 +204,19 @@ impl Log {
     }
 }
 
-/// The log's answer, or why there is none, for people.
-async fn in_time<T>(call: impl Future<Output = Result<T, LogError>>) -> Result<T, String> {
+async fn in_time<T>(call: impl Future<Output = Result<T, LogError>>) -> Result<T, NoAnswer> {
     match tokio::time::timeout(TIMEOUT, call).await {
-        Ok(answer) => answer.map_err(|error| chain(&error)),
-        Err(_) => Err(format!("no answer in {} s", TIMEOUT.as_secs())),
+        Ok(answer) => answer.map_err(NoAnswer::Failed),
+        Err(_) => Err(NoAnswer::Late),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use kalamdb_model::{OnRemoval, compile};
+    use kalamdb_table_store::paths;
     use kalamdb_test_support::fault_store::FaultStore;
+    use object_store::ObjectStoreExt as _;
     use object_store::memory::InMemory;
 
     use super::*;
@@ -261,6 +277,25 @@ mod tests {
         assert!(matches!(behind, StepDown::Behind { found: 1, known: 0 }), "{behind}");
         let lost = two.bring_to(next(&two, true), Instant::now()).await.unwrap_err();
         assert!(matches!(&lost, StepDown::Lost { version: 1, writer } if writer == "one"), "{lost}");
+    }
+
+    #[tokio::test]
+    async fn on_a_log_of_another_history_nothing_is_appended() {
+        let store = store();
+        let mut log = log(&store, "a").await;
+        log.bring_to(next(&log, false), Instant::now()).await.unwrap();
+        // Restored to a state before that version; then with another operator's under its number.
+        store.delete(&paths::catalog_entry(1)).await.unwrap();
+        for restored in [0, 1] {
+            if restored == 1 {
+                let mut other = self::log(&store, "b").await;
+                other.bring_to(next(&other, false), Instant::now()).await.unwrap();
+            }
+            let puts = store.puts();
+            let refused = log.bring_to(next(&log, true), Instant::now()).await.unwrap_err();
+            assert!(matches!(refused, StepDown::OtherHistory(_)), "{refused}");
+            assert_eq!(store.puts(), puts);
+        }
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ use kalamdb_operator::{cluster, serve};
 use kalamdb_table_store::open_home;
 use tokio::sync::watch;
 
-/// Time to end after SIGTERM: 8 s for the pass under way, the rest for letting go of finalizers; pods have 30 s.
+/// Time to end after SIGTERM, the 8 s for the pass under way included; pods have 30 s.
 const STOP_GRACE: Duration = Duration::from_secs(20);
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -32,7 +32,7 @@ fn main() -> anyhow::Result<ExitCode> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(Box::pin(run(args)))
 }
 
-/// Shutdown order: no new pass, the pass under way ends, finalizers go if the Kubernetes namespace does, watches end.
+/// Shutdown order: no new pass, the pass under way ends, watches end.
 async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let home = open_home(&args.home_url, |name| std::env::var(name).ok()).context("KALAMDB_HOME_URL")?;
     let client = kube::Client::try_default().await.context("failed to find out how to reach the Kubernetes API")?;

@@ -19,8 +19,6 @@ pub enum Failure {
     LogAppend,
     /// Writing a status.
     Status,
-    /// Adding or removing a finalizer.
-    Finalizer,
     /// Publishing an event.
     Event,
     /// Reading a Secret.

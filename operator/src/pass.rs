@@ -1,4 +1,4 @@
-//! The loop: what there is → compile → finalizers on → append to the catalog log → finalizers off → status.
+//! The loop: what there is → compile → append to the catalog log → status.
 //!
 //! Owns: the order of these steps, and when a pass runs. Does not own: what is decided
 //! ([`kalamdb_model::compile()`], [`crate::status`], [`crate::usage`]) or how it is written ([`crate::cluster`],
@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
-use kalamdb_model::catalog::Catalog;
 use kalamdb_model::declared::{Declared, Kind, ObjectRef, Spec};
 use kalamdb_model::{OnRemoval, Outcome, compile};
 use object_store::ObjectStore;
@@ -27,7 +26,7 @@ use crate::metrics::{Failure, Metrics};
 use crate::serve::Waiting;
 use crate::status::{self, Desired, News, Standing, View};
 use crate::storages::Storages;
-use crate::usage::{self, Instance, Usage};
+use crate::usage::Usage;
 use crate::watch::{Objects, Seen};
 
 /// A pass waits until nothing has changed for this long: one `kubectl apply` of a folder is one catalog version.
@@ -88,7 +87,6 @@ pub async fn run(
             () = stopped(&mut stop) => break,
         }
     }
-    passes.release_if_all_ends().await;
     Ok(())
 }
 
@@ -116,7 +114,6 @@ struct Passes {
     parts: Parts,
     log: Log,
     backoffs: Backoffs,
-    instance: Instance,
     object_changes: watch::Receiver<u64>,
     storage_changes: watch::Receiver<u64>,
 }
@@ -130,7 +127,7 @@ struct Write {
 impl Passes {
     fn new(parts: Parts, log: Log) -> Self {
         let (object_changes, storage_changes) = (parts.objects.changes(), parts.storages.changes());
-        Self { parts, log, backoffs: Backoffs::default(), instance: Instance::Lives, object_changes, storage_changes }
+        Self { parts, log, backoffs: Backoffs::default(), object_changes, storage_changes }
     }
 
     /// Until the next pass is due.
@@ -153,24 +150,17 @@ impl Passes {
         let started = Instant::now();
         self.object_changes.mark_unchanged();
         self.storage_changes.mark_unchanged();
-        let mut seen = self.parts.objects.all();
+        let seen = self.parts.objects.all();
         let uids: HashSet<&str> = seen.iter().map(|seen| seen.object().uid.as_str()).collect();
         self.backoffs.keep(|uid| uids.contains(uid));
-        self.see_whether_all_ends(&seen).await;
 
         let declared: Vec<Declared> = seen.iter().map(|seen| seen.declared.clone()).collect();
         // Thousands of tables take a while; /livez must not wait for them on a machine with one core.
         let compiled = || compile(self.log.catalog(), &declared, OnRemoval::FollowPolicy);
         let (next, outcomes) = tokio::task::block_in_place(compiled);
-        let unguarded = self.add_finalizers(&mut seen, &next).await;
         let stored = self.log.bring_to(next, Instant::now()).await?;
         let usage = Usage::of(self.log.catalog());
-        // While the log does not have what is declared, what is unused in it may be about to be used.
-        if !matches!(stored, Stored::NotYet(_)) || self.instance == Instance::Ends {
-            self.remove_finalizers(&mut seen, &usage).await;
-        }
-
-        let writes = self.decide(&seen, outcomes, &usage, &unguarded, stored);
+        let writes = self.decide(&seen, outcomes, &usage, stored);
         if !writes.is_empty() && stored == Stored::Already {
             self.log.make_sure_that_we_lead().await?;
         }
@@ -182,66 +172,14 @@ impl Passes {
         Ok(())
     }
 
-    /// Finalizers come before the first table that they are for. Returns the objects that should have one and do not.
-    async fn add_finalizers(&mut self, seen: &mut [Arc<Seen>], next: &Catalog) -> HashSet<(Kind, String)> {
-        let usage = Usage::of(next);
-        let missing = |seen: &Seen| {
-            let object = seen.object();
-            usage::finalizers(seen, usage.is_used(object.kind, &object.name), self.instance)
-                .filter(|_| !usage::holds(seen))
-        };
-        let wanted: Vec<(usize, Vec<String>)> =
-            seen.iter().enumerate().filter_map(|(index, seen)| Some((index, missing(seen)?))).collect();
-        let mut unguarded: HashSet<(Kind, String)> =
-            wanted.iter().map(|(index, _)| (seen[*index].object().kind, seen[*index].object().name.clone())).collect();
-        for index in self.set_finalizers(seen, wanted).await {
-            unguarded.remove(&(seen[index].object().kind, seen[index].object().name.clone()));
-        }
-        unguarded
-    }
-
-    /// Finalizers go only after the log has the catalog in which nothing uses the object.
-    async fn remove_finalizers(&mut self, seen: &mut [Arc<Seen>], usage: &Usage) {
-        let unneeded = |seen: &Seen| {
-            let object = seen.object();
-            let is_used = usage.is_used(object.kind, &object.name);
-            usage::finalizers(seen, is_used, self.instance).filter(|_| usage::holds(seen))
-        };
-        let wanted: Vec<(usize, Vec<String>)> =
-            seen.iter().enumerate().filter_map(|(index, seen)| Some((index, unneeded(seen)?))).collect();
-        self.set_finalizers(seen, wanted).await;
-    }
-
-    /// Returns the positions of the objects that were written, which are then seen as they were written.
-    async fn set_finalizers(&mut self, seen: &mut [Arc<Seen>], wanted: Vec<(usize, Vec<String>)>) -> Vec<usize> {
-        let now = Instant::now();
-        let due = wanted.into_iter().filter(|(index, _)| self.backoffs.may_try(&seen[*index].object().uid, now));
-        let cluster = &self.parts.cluster;
-        let calls = due.map(|(index, finalizers)| {
-            let object = seen[index].object().clone();
-            async move { (index, cluster.set_finalizers(&object, &finalizers).await) }
-        });
-        let calls: Vec<_> = calls.collect();
-        let answers: Vec<_> = futures::stream::iter(calls).buffer_unordered(WRITES_MAX).collect().await;
-        let mut written = Vec::new();
-        for (index, answer) in answers {
-            if let Some(after) = self.answered(&seen[index], answer, Failure::Finalizer) {
-                seen[index] = after;
-                written.push(index);
-            }
-        }
-        written
-    }
-
-    /// Notes what became of a write; returns the object as it is now.
-    fn answered(&mut self, before: &Arc<Seen>, answer: Result<Seen, CallError>, failure: Failure) -> Option<Arc<Seen>> {
+    /// Notes what became of a write.
+    fn was_written(&mut self, before: &Seen, answer: Result<Seen, CallError>) -> bool {
         let object = before.object();
         match answer {
             Ok(after) => {
-                let after = Arc::new(after);
-                self.parts.objects.take_written(object, &after);
+                self.parts.objects.take_written(object, &Arc::new(after));
                 self.backoffs.succeeded(&object.uid);
-                Some(after)
+                true
             }
             Err(error) => {
                 if error.is_stale() {
@@ -249,30 +187,23 @@ impl Passes {
                 } else {
                     let kind = object.kind.as_str();
                     tracing::warn!(kind, name = %object.name, error = %chain(&error), "cannot write to an object");
-                    self.parts.metrics.failed(failure);
+                    self.parts.metrics.failed(Failure::Status);
                 }
                 self.backoffs.failed(&object.uid, Instant::now());
-                None
+                false
             }
         }
     }
 
     /// What became of each object, and the statuses that differ from it.
-    fn decide(
-        &self,
-        seen: &[Arc<Seen>],
-        outcomes: Vec<Outcome>,
-        usage: &Usage,
-        unguarded: &HashSet<(Kind, String)>,
-        stored: Stored,
-    ) -> Vec<Write> {
+    fn decide(&self, seen: &[Arc<Seen>], outcomes: Vec<Outcome>, usage: &Usage, stored: Stored) -> Vec<Write> {
         let view = View::new(self.log.catalog(), usage);
         let mut outcomes: HashMap<(Kind, String), Outcome> =
             outcomes.into_iter().map(|it| ((it.object.kind, it.object.name.clone()), it)).collect();
         let now = Timestamp::now();
         let decided = seen.iter().filter_map(|seen| {
             let outcome = outcomes.remove(&(seen.object().kind, seen.object().name.clone()))?;
-            let standing = standing(seen, outcome, &view, unguarded, stored);
+            let standing = standing(seen, outcome, &view, stored);
             let reach = match &seen.declared.spec {
                 Ok(Spec::Storage(spec)) => {
                     Some(self.parts.storages.reach(&seen.object().name, &seen.object().uid, spec))
@@ -302,7 +233,7 @@ impl Passes {
         let answers: Vec<_> = futures::stream::iter(calls).buffer_unordered(WRITES_MAX).collect().await;
         let mut news = Vec::new();
         for (write, answer) in answers {
-            if self.answered(&write.seen, answer, Failure::Status).is_some() {
+            if self.was_written(&write.seen, answer) {
                 self.parts.metrics.status_writes.inc();
                 news.extend(write.desired.news.as_ref().map(|it| (write.seen.object(), it)));
             }
@@ -322,48 +253,10 @@ impl Passes {
             self.parts.metrics.failed(Failure::Event);
         }
     }
-
-    /// Asks only while an object with our finalizer is being deleted: nothing else depends on the answer.
-    async fn see_whether_all_ends(&mut self, seen: &[Arc<Seen>]) {
-        let held = seen.iter().any(|seen| seen.declared.deleting && usage::holds(seen));
-        if !held && self.instance == Instance::Lives {
-            return;
-        }
-        let ends = match self.parts.cluster.is_ending().await {
-            Ok(ends) => ends,
-            Err(error) => {
-                tracing::warn!(error = %chain(&error), "cannot tell whether the Kubernetes namespace is being deleted");
-                usage::all_are_going(seen.iter().map(AsRef::as_ref))
-            }
-        };
-        if ends && self.instance == Instance::Lives {
-            tracing::info!("the Kubernetes namespace is being deleted; no finalizer holds it up");
-        }
-        self.instance = if ends { Instance::Ends } else { Instance::Lives };
-    }
-
-    /// A Kubernetes namespace that is deleted stops its pods before it deletes what they hold: this may be the last
-    /// chance to let go of it.
-    async fn release_if_all_ends(&mut self) {
-        let mut seen = self.parts.objects.all();
-        if !seen.iter().any(|seen| usage::holds(seen)) || !self.parts.cluster.is_ending().await.unwrap_or(false) {
-            return;
-        }
-        tracing::info!("the Kubernetes namespace is being deleted; removing all finalizers");
-        self.instance = Instance::Ends;
-        self.backoffs.keep(|_| false);
-        self.remove_finalizers(&mut seen, &Usage::default()).await;
-    }
 }
 
 /// What became of a declaration, from its outcome and from what could be done about it. Pure.
-fn standing(
-    seen: &Seen,
-    outcome: Outcome,
-    view: &View<'_>,
-    unguarded: &HashSet<(Kind, String)>,
-    stored: Stored,
-) -> Standing {
+fn standing(seen: &Seen, outcome: Outcome, view: &View<'_>, stored: Stored) -> Standing {
     if let Err(refusal) = outcome.verdict {
         return Standing::Refused(refusal);
     }
@@ -371,34 +264,22 @@ fn standing(
         let why = if let Stored::NotYet(why) = stored { why } else { "the catalog does not have it yet" };
         return Standing::Pending(why.to_owned());
     }
-    let used = view.table(seen.object()).map(|table| view.used_by(table)).unwrap_or_default();
-    let open = used.into_iter().flatten().find(|(kind, name)| unguarded.contains(&(*kind, (*name).to_owned())));
-    match open {
-        Some((kind, name)) if !status::was_accepted(seen) => {
-            Standing::Pending(format!("{} `{name}` cannot be guarded against deletion yet", kind.as_str()))
-        }
-        _ => Standing::Accepted { warnings: status::warnings_of(seen, outcome.warnings) },
-    }
+    Standing::Accepted { warnings: status::warnings_of(seen, outcome.warnings) }
 }
 
 #[cfg(test)]
 mod tests {
+    use kalamdb_model::catalog::Catalog;
     use kalamdb_model::{Reason, Refusal};
 
     use super::*;
     use crate::status::tests::Fixture;
 
-    fn of_table(
-        fixture: &Fixture,
-        verdict: Result<(), Refusal>,
-        unguarded: &[(Kind, &str)],
-        stored: Stored,
-    ) -> Standing {
+    fn of_table(fixture: &Fixture, verdict: Result<(), Refusal>, stored: Stored) -> Standing {
         let usage = Usage::of(&fixture.catalog);
         let seen = fixture.objects.iter().find(|seen| seen.object().kind == Kind::UserTable).unwrap();
         let outcome = Outcome { object: seen.object().clone(), verdict, warnings: Vec::new() };
-        let unguarded = unguarded.iter().map(|(kind, name)| (*kind, (*name).to_owned())).collect();
-        standing(seen, outcome, &View::new(&fixture.catalog, &usage), &unguarded, stored)
+        standing(seen, outcome, &View::new(&fixture.catalog, &usage), stored)
     }
 
     fn pending(standing: &Standing) -> &str {
@@ -409,27 +290,16 @@ mod tests {
     #[test]
     fn a_table_is_accepted_only_when_the_log_has_it() {
         let fixture = Fixture::new();
-        assert_eq!(of_table(&fixture, Ok(()), &[], Stored::Now), Standing::Accepted { warnings: Vec::new() });
+        assert_eq!(of_table(&fixture, Ok(()), Stored::Now), Standing::Accepted { warnings: Vec::new() });
         let empty = Fixture { catalog: Catalog::default(), ..fixture };
         let why = "the home store does not take the catalog";
-        assert_eq!(pending(&of_table(&empty, Ok(()), &[], Stored::NotYet(why))), why);
-    }
-
-    #[test]
-    fn a_table_is_accepted_only_when_what_it_uses_is_guarded() {
-        let fixture = Fixture::new();
-        for (kind, name) in [(Kind::Storage, "s"), (Kind::Namespace, "app")] {
-            let standing = of_table(&fixture, Ok(()), &[(kind, name)], Stored::Now);
-            assert!(pending(&standing).contains(&format!("{} `{name}`", kind.as_str())), "{standing:?}");
-        }
-        let others = of_table(&fixture, Ok(()), &[(Kind::Storage, "other")], Stored::Now);
-        assert!(matches!(others, Standing::Accepted { .. }));
+        assert_eq!(pending(&of_table(&empty, Ok(()), Stored::NotYet(why))), why);
     }
 
     #[test]
     fn a_refusal_is_told_whatever_the_home_store_does() {
         let refusal = Refusal { reason: Reason::Conflict, message: "m".to_owned() };
-        let standing = of_table(&Fixture::new(), Err(refusal.clone()), &[], Stored::NotYet("down"));
+        let standing = of_table(&Fixture::new(), Err(refusal.clone()), Stored::NotYet("down"));
         assert_eq!(standing, Standing::Refused(refusal));
     }
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::usage::{Usage, holds};
+use crate::usage::Usage;
 use crate::watch::Seen;
 
 /// Longest message of a condition, bytes; the API allows 32,768.
@@ -131,17 +131,6 @@ impl<'a> View<'a> {
         self.tables.get(&(object.kind, object.name.as_str())).copied()
     }
 
-    /// Names of the Storage and the Namespace object that a table uses.
-    #[must_use]
-    pub fn used_by(&self, table: &TableEntry) -> [Option<(Kind, &'a str)>; 2] {
-        let storage = self.catalog.storages.get(&table.location.storage);
-        let namespace = self.catalog.namespaces.get(&table.name.namespace);
-        [
-            storage.map(|entry| (Kind::Storage, entry.object.name.as_str())),
-            namespace.map(|entry| (Kind::Namespace, entry.object.name.as_str())),
-        ]
-    }
-
     fn location(&self, table: &TableEntry) -> Option<String> {
         let root = self.catalog.root(&table.location)?;
         Some(format!("{}/{}", root.url().trim_end_matches('/'), table.location.template))
@@ -200,8 +189,7 @@ pub fn desired(seen: &Seen, standing: &Standing, reach: Option<&Reach>, view: &V
 }
 
 /// Whether the object's status says that this generation is accepted.
-#[must_use]
-pub fn was_accepted(seen: &Seen) -> bool {
+fn was_accepted(seen: &Seen) -> bool {
     let conditions = parsed::<Conditions>(&seen.status).conditions;
     let accepted = conditions.iter().find(|condition| condition.type_ == "Accepted");
     accepted.is_some_and(|it| it.status == "True" && it.observed_generation == Some(seen.object().generation))
@@ -280,7 +268,7 @@ fn finish<S: HasConditions + DeserializeOwned + Serialize + Default>(
         Standing::Pending(_) | Standing::Refused(_) => None,
     };
     *status.observed_generation_mut() = Some(generation);
-    let wanted = wanted(seen, standing, reach, view);
+    let wanted = wanted(standing, reach);
     let ready = wanted.first().map_or("Unknown", |ready| ready.status);
     let old = std::mem::take(status.conditions_mut());
     let news = news(&old, &wanted);
@@ -324,13 +312,13 @@ pub fn bounded(text: &str, bytes_max: usize) -> String {
 }
 
 /// The operator's conditions, Ready first.
-fn wanted(seen: &Seen, standing: &Standing, reach: Option<&Reach>, view: &View<'_>) -> Vec<Wanted> {
+fn wanted(standing: &Standing, reach: Option<&Reach>) -> Vec<Wanted> {
     let accepted = match standing {
         Standing::Accepted { warnings } => Wanted::new("Accepted", "True", "Valid", &warnings.join("; ")),
         Standing::Pending(what) => Wanted::new("Accepted", "Unknown", "CatalogPending", what),
         Standing::Refused(refusal) => Wanted::new("Accepted", "False", refusal.reason.as_str(), &refusal.message),
     };
-    let mut all = summary(seen, standing, reach, view);
+    let mut all = summary(standing, reach);
     all.insert(1, accepted);
     if let Some(reach) = reach {
         all.insert(2, reachable(reach));
@@ -351,7 +339,7 @@ fn reachable(reach: &Reach) -> Wanted {
 }
 
 /// Ready, and Reconciling or Stalled where it is not true.
-fn summary(seen: &Seen, standing: &Standing, reach: Option<&Reach>, view: &View<'_>) -> Vec<Wanted> {
+fn summary(standing: &Standing, reach: Option<&Reach>) -> Vec<Wanted> {
     let with = |ready, why, reason: &str, message: &str| {
         vec![Wanted::new("Ready", ready, reason, message), Wanted::new(why, "True", reason, message)]
     };
@@ -359,10 +347,6 @@ fn summary(seen: &Seen, standing: &Standing, reach: Option<&Reach>, view: &View<
         Standing::Refused(refusal) => return with("False", "Stalled", refusal.reason.as_str(), &refusal.message),
         Standing::Pending(what) => return with("Unknown", "Reconciling", "CatalogPending", what),
         Standing::Accepted { .. } => {}
-    }
-    if seen.declared.deleting && holds(seen) {
-        let message = waits_for(seen, view);
-        return with("False", "Reconciling", "Terminating", &message);
     }
     match reach {
         Some(Reach::Probing) => with("Unknown", "Reconciling", "Probing", "not probed yet"),
@@ -372,12 +356,6 @@ fn summary(seen: &Seen, standing: &Standing, reach: Option<&Reach>, view: &View<
         }
         Some(Reach::NotProbed | Reach::Reachable) | None => vec![Wanted::new("Ready", "True", "Ready", "")],
     }
-}
-
-fn waits_for(seen: &Seen, view: &View<'_>) -> String {
-    let dependents = view.usage.dependents(seen.object().kind, &seen.object().name);
-    let more = if dependents.count as usize > dependents.sample.len() { ", ..." } else { "" };
-    format!("is deleted once no table uses it; {} do: {}{more}", dependents.count, dependents.sample.join(", "))
 }
 
 fn news(old: &[Condition], wanted: &[Wanted]) -> Option<News> {

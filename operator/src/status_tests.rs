@@ -6,7 +6,6 @@ use kube::api::DynamicObject;
 use serde_json::json;
 
 use super::*;
-use crate::usage::FINALIZER;
 
 const T0: i64 = 1_800_000_000;
 
@@ -203,18 +202,6 @@ fn statuses_tell_users_tables_and_locations() {
     assert_eq!(status(1)["dependents"]["sample"], json!(["app.messages"]));
     assert_eq!(status(2)["location"], "s3://bucket/p/users/{userId}/app/messages");
     assert_eq!(status(2)["schemaVersion"], 1);
-}
-
-#[test]
-fn a_deleted_storage_in_use_names_who_uses_it() {
-    let fixture = Fixture::new();
-    let mut seen = storage();
-    seen.declared.deleting = true;
-    seen.finalizers = vec![FINALIZER.to_owned()];
-    let status = fixture.desired(&seen, &accepted(), Some(&Reach::Reachable), at(0)).status;
-    assert!(names(&status).contains(&"Ready=False/Terminating".to_owned()));
-    let message = status["conditions"][0]["message"].as_str().unwrap();
-    assert!(message.contains("1 do: app.messages"), "{message}");
 }
 
 #[test]

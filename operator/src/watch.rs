@@ -25,18 +25,11 @@ use tokio::sync::watch;
 
 use crate::metrics::{Failure, KINDS, Metrics};
 
-/// With this annotation a deletion goes through although tables use the object; the deletion guard honours it too.
-pub const FORCE_DELETE: &str = "kalamdb.org/force-delete";
-
 /// One object as it was last seen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
     /// What it declares.
     pub declared: Declared,
-    /// `metadata.finalizers`.
-    pub finalizers: Vec<String>,
-    /// Whether it carries [`FORCE_DELETE`].
-    pub forced: bool,
     /// `status` as stored; null if there is none.
     pub status: Value,
 }
@@ -61,8 +54,7 @@ impl Seen {
             Kind::UserTable => declare::<UserTable>(&meta, spec),
             Kind::SharedTable => declare::<SharedTable>(&meta, spec),
         };
-        let forced = meta.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(FORCE_DELETE));
-        Self { declared, finalizers: meta.finalizers.unwrap_or_default(), forced, status }
+        Self { declared, status }
     }
 }
 

@@ -73,9 +73,12 @@ pub struct Server {
     /// Connections at once; more wait. Lowered where the process may not open that many files.
     #[arg(long, default_value_t = 4_096)]
     pub connections_max: usize,
-    /// Requests at once; more are refused.
+    /// Requests at once; more are refused. A request ends when its answer is sent.
     #[arg(long, default_value_t = 1_024)]
     pub requests_max: usize,
+    /// Requests of one user at once; more are refused. Enough for a service that writes for many, and a quarter of all.
+    #[arg(long, default_value_t = 256)]
+    pub requests_per_user_max: usize,
     /// Seconds to finish requests and flushes after SIGTERM.
     #[arg(long, default_value_t = 20)]
     pub stop_grace_secs: u64,

@@ -68,6 +68,7 @@ impl Tokens {
         }
         let mut validation = Validation::new(Algorithm::HS256);
         validation.set_required_spec_claims(&["exp", "sub"]);
+        validation.validate_nbf = true;
         validation.validate_aud = false;
         validation.leeway = 5;
         Ok(Self { encoding: EncodingKey::from_secret(secret), decoding: DecodingKey::from_secret(secret), validation })
@@ -103,7 +104,7 @@ impl Tokens {
         now_secs: u64,
         ttl_secs: u64,
     ) -> Result<String, jsonwebtoken::errors::Error> {
-        let claims = Claims { sub: user.clone(), role, exp: now_secs + ttl_secs, iat: Some(now_secs) };
+        let claims = Claims { sub: user.clone(), role, exp: now_secs.saturating_add(ttl_secs), iat: Some(now_secs) };
         jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &self.encoding)
     }
 
@@ -126,6 +127,9 @@ impl Tokens {
             Ok(data) => Ok(Identity { user: data.claims.sub, role: data.claims.role }),
             Err(error) if matches!(error.kind(), jsonwebtoken::errors::ErrorKind::ExpiredSignature) => {
                 refuse("TOKEN_EXPIRED", "the token has expired; get a new one")
+            }
+            Err(error) if matches!(error.kind(), jsonwebtoken::errors::ErrorKind::ImmatureSignature) => {
+                refuse("INVALID_TOKEN", "the token is not valid yet: its `nbf` is in the future")
             }
             Err(_) => refuse("INVALID_TOKEN", "the token is not valid here: wrong signature, algorithm or claims"),
         }
@@ -157,6 +161,8 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn tokens() -> Tokens {
@@ -188,6 +194,38 @@ mod tests {
         assert_eq!(code(Some(&format!("Bearer {foreign}"))), "INVALID_TOKEN");
         // `alg: none` with the claims of a valid token.
         assert_eq!(code(Some("Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIiwiZXhwIjo5OTk5OTk5OTk5fQ.")), "INVALID_TOKEN");
+    }
+
+    fn identify(claims: &serde_json::Value) -> Result<Identity, ApiError> {
+        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &tokens().encoding).expect("signed");
+        tokens().identify(Some(&format!("Bearer {token}")))
+    }
+
+    #[test]
+    fn a_token_is_refused_before_its_beginning() {
+        let (now, later) = (now(), now() + 600);
+        assert!(identify(&json!({"sub": "a", "exp": later, "nbf": now})).is_ok());
+        let early = identify(&json!({"sub": "a", "exp": later + 600, "nbf": later})).expect_err("refused");
+        assert_eq!(early.code, "INVALID_TOKEN");
+        assert!(early.message.contains("`nbf`"), "{}", early.message);
+        assert!(identify(&json!({"sub": "a", "exp": later, "nbf": "tomorrow"})).is_err());
+    }
+
+    #[test]
+    fn a_token_without_an_end_or_a_user_is_refused() {
+        let later = now() + 600;
+        assert!(identify(&json!({"sub": "a", "exp": later})).is_ok());
+        for claims in [
+            json!({"sub": "a"}),
+            json!({"sub": "a", "exp": null}),
+            json!({"sub": "a", "exp": "never"}),
+            json!({"sub": "a", "exp": -1}),
+            json!({"exp": later}),
+            json!({"sub": "", "exp": later}),
+            json!({"sub": "a", "exp": later, "role": "root"}),
+        ] {
+            assert_eq!(identify(&claims).expect_err("refused").code, "INVALID_TOKEN", "{claims}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Secret;
-use kalamdb_table_store::catalog_log::CatalogLog;
+use kalamdb_table_store::catalog_log::{self, CatalogLog, LogError};
 use kalamdb_table_store::owners::{self, ClaimError};
 use kalamdb_table_store::store::{self, Credentials};
 use kube::Api;
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::args::Serve;
 use crate::auth::Tokens;
 use crate::catalog::{CatalogHandle, write_durably};
-use crate::engine::Secrets;
+use crate::engine::{Engine, Secrets};
 use crate::error::Chain;
 use crate::metrics::Metrics;
 use crate::server::{self, Parts};
@@ -28,6 +28,8 @@ const TAIL: Duration = Duration::from_secs(1);
 /// How often Secrets are read again, besides at once when the catalog names a new one.
 const ROTATION: Duration = Duration::from_secs(15);
 const BACKOFF: Duration = Duration::from_secs(5);
+/// Between two looks at a log of another history: people have to act.
+const REFUSED: Duration = Duration::from_secs(15);
 
 /// Runs a server in a cluster.
 ///
@@ -40,7 +42,7 @@ pub async fn run(args: &Serve) -> anyhow::Result<()> {
     own(home.as_ref(), &parts).await?;
     let saved = args.server.data_dir.join("secrets.json");
     let credentials = CredentialsReader::open(saved, parts.secrets.clone(), args.kube_namespace.clone());
-    let tailing = tokio::spawn(tail(home, parts.catalog.clone(), parts.ready.clone(), Arc::clone(&parts.metrics)));
+    let tailing = tokio::spawn(tail(home, Arc::clone(&parts.engine), parts.ready.clone(), Arc::clone(&parts.metrics)));
     let reading = tokio::spawn(credentials.run(parts.catalog.clone()));
     let served = server::serve(&args.server, parts, tokens).await;
     tailing.abort();
@@ -69,27 +71,35 @@ async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
     Ok(parts.engine.set_owner()?)
 }
 
-/// Follows the catalog log. The pod is ready with the saved catalog, or once the log was read.
-async fn tail(home: Arc<dyn ObjectStore>, catalog: CatalogHandle, ready: watch::Sender<bool>, metrics: Arc<Metrics>) {
-    let mut loaded = catalog.current().catalog.version > 0;
+/// Follows the catalog log. The pod is ready with the saved catalog, or once the log was read. A log of another history
+/// is not followed: by its ids, rows of one table could be read as another's.
+async fn tail(home: Arc<dyn ObjectStore>, engine: Arc<Engine>, ready: watch::Sender<bool>, metrics: Arc<Metrics>) {
+    let mut loaded = engine.catalog().current().catalog.version > 0;
     ready.send_replace(loaded);
+    let mut log = catalog_log::Tail::default();
     loop {
-        let current = catalog.current();
+        let current = engine.catalog().current();
         metrics.catalog_version.set(i64::try_from(current.catalog.version).unwrap_or(i64::MAX));
         let next = if loaded {
-            CatalogLog::next(home.as_ref(), &current.catalog).await
+            log.next(home.as_ref(), &current.catalog).await
         } else {
             CatalogLog::load(home.as_ref()).await.map(Some)
         };
         match next {
+            Ok(_) => _ = metrics.catalog_refused.set(0),
+            Err(LogError::OtherHistory { .. }) => _ = metrics.catalog_refused.set(1),
+            Err(_) => {}
+        }
+        match next {
             Ok(Some(next)) => {
                 let version = next.version;
                 if next.version > current.catalog.version {
-                    match catalog.replace(next) {
+                    match engine.serve_catalog(next) {
                         Ok(()) => tracing::info!(version, "serving a new catalog"),
                         Err(error) => {
                             tracing::error!(error = %Chain(&error), "cannot save the catalog");
                             tokio::time::sleep(BACKOFF).await;
+                            continue;
                         }
                     }
                 }
@@ -99,6 +109,10 @@ async fn tail(home: Arc<dyn ObjectStore>, catalog: CatalogHandle, ready: watch::
                 }
             }
             Ok(None) => tokio::time::sleep(TAIL).await,
+            Err(error @ LogError::OtherHistory { .. }) => {
+                tracing::error!(error = %Chain(&error), "the catalog log is refused; serving what was served");
+                tokio::time::sleep(REFUSED).await;
+            }
             Err(error) => {
                 tracing::warn!(error = %Chain(&error), "cannot read the catalog log; serving what was served");
                 tokio::time::sleep(BACKOFF).await;
@@ -210,4 +224,118 @@ impl CredentialsReader {
 fn texts(secret: Secret) -> BTreeMap<String, String> {
     let data = secret.data.unwrap_or_default();
     data.into_iter().filter_map(|(key, value)| Some((key, String::from_utf8(value.0).ok()?))).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser as _;
+    use kalamdb_crds::manifests;
+    use kalamdb_model::{Catalog, OnRemoval, Owner, TableEntry, TableName, UserId, Value, compile, key};
+    use kalamdb_table_store::catalog_log::Appended;
+    use kalamdb_table_store::paths;
+    use kalamdb_test_support::pod::{MANIFESTS, eventually};
+    use kalamdb_write_buffer::{EncodedRow, row};
+    use object_store::ObjectStoreExt as _;
+    use object_store::memory::InMemory;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+    use crate::engine::NewRow;
+
+    fn open(data_dir: &Path) -> anyhow::Result<Parts> {
+        let secret = "0".repeat(32);
+        let flags = ["--home-url", "memory:", "--disk-reserve-bytes", "0", "--jwt-secret", &secret, "--data-dir"];
+        let all = ["kalamdb-query-pod", "serve"].into_iter().chain(flags).chain(data_dir.to_str());
+        let Command::Serve(args) = Cli::try_parse_from(all)?.command else { panic!("another command") };
+        Parts::open(&args.server)
+    }
+
+    async fn close(parts: Parts) {
+        parts.engine.close(Duration::from_secs(5)).await;
+    }
+
+    /// What an operator makes of `text`.
+    fn compiled(previous: &Catalog, text: &str) -> Catalog {
+        let folder = manifests::folder(&[("all.yaml".to_owned(), text.to_owned())]);
+        let (next, _) = compile(previous, &folder.declared, OnRemoval::FollowPolicy);
+        Catalog { nonce: catalog_log::nonce(), ..next }
+    }
+
+    async fn append(home: &dyn ObjectStore, previous: &Catalog, text: &str) -> Catalog {
+        let next = compiled(previous, text);
+        assert_eq!(CatalogLog::append(home, previous, &next, "operator").await.unwrap(), Appended::Ours);
+        next
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_log_of_another_history_is_refused_aloud_and_the_last_good_catalog_is_served_on() {
+        let (home, dir): (Arc<dyn ObjectStore>, _) = (Arc::new(InMemory::new()), tempfile::tempdir().unwrap());
+        let parts = open(dir.path()).unwrap();
+        let first = append(home.as_ref(), &Catalog::default(), MANIFESTS).await;
+        let (engine, metrics) = (Arc::clone(&parts.engine), Arc::clone(&parts.metrics));
+        let tailing = tokio::spawn(tail(Arc::clone(&home), engine, parts.ready.clone(), metrics));
+        let serves_first = async || Ok(parts.catalog.current().catalog == first);
+        eventually("the log is read", serves_first).await.unwrap();
+        // Brought back to what it was before; and another table gets the first one's id.
+        home.delete(&paths::catalog_entry(1)).await.unwrap();
+        let other = append(home.as_ref(), &Catalog::default(), &MANIFESTS.replace("messages", "notes")).await;
+        append(home.as_ref(), &other, MANIFESTS).await;
+        eventually("the log is refused", async || Ok(parts.metrics.catalog_refused.get() == 1)).await.unwrap();
+        assert!(parts.metrics.text().contains("kalamdb_catalog_refused 1"));
+        assert_eq!(parts.catalog.current().catalog, first);
+
+        tailing.abort();
+        assert!(tailing.await.unwrap_err().is_cancelled());
+        close(parts).await;
+        // Nor is it taken from a file, across a restart.
+        let file = dir.path().join("catalog.json");
+        std::fs::write(&file, serde_json::to_vec(&other).unwrap()).unwrap();
+        let refused = open(dir.path()).map(drop).unwrap_err();
+        assert!(format!("{refused:#}").contains("belongs to another catalog version 1"), "{refused:#}");
+        std::fs::write(&file, serde_json::to_vec(&first).unwrap()).unwrap();
+        close(open(dir.path()).unwrap()).await;
+    }
+
+    async fn insert(parts: &Parts, table: &Arc<TableEntry>, owner: &Owner, id: i64) {
+        let values = [Value::BigInt(id), Value::Text(format!("body {id}"))];
+        let encoded = EncodedRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
+        parts.engine.insert(table, owner, vec![NewRow { encoded, generated: false }]).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_table_that_is_created_again_after_deletion_with_its_files_never_shows_the_old_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = open(dir.path()).unwrap();
+        let doomed = format!("{MANIFESTS}  deletionPolicy: Delete\n");
+        let without = &MANIFESTS[..MANIFESTS.rfind("---").unwrap()];
+        let serve = |text: &str| {
+            let next = compiled(&parts.catalog.current().catalog, text);
+            parts.engine.serve_catalog(next).unwrap();
+            parts.catalog.current().table(&TableName::parse("app.messages").unwrap()).cloned()
+        };
+        let owner = Owner::User(UserId::new("alice").unwrap());
+        let holds = |table: &Arc<TableEntry>| {
+            let rows = parts.engine.read(table, &owner, &[0], None).unwrap();
+            let buffered: usize = rows.buffered.iter().map(|batch| batch.num_rows()).sum();
+            (buffered, rows.view.manifest.files.len())
+        };
+        let old = serve(&doomed).unwrap();
+        insert(&parts, &old, &owner, 1).await;
+        parts.engine.flush(&Engine::instance_id(&old, &owner)).await.unwrap();
+        insert(&parts, &old, &owner, 2).await;
+        assert_eq!(holds(&old), (1, 1));
+        assert!(serve(without).is_none());
+        let new = serve(&doomed).unwrap();
+        assert_ne!(new.id, old.id);
+        assert_eq!(holds(&new), (0, 0));
+        for id in [1, 2] {
+            insert(&parts, &new, &owner, id).await;
+        }
+        parts.engine.flush(&Engine::instance_id(&new, &owner)).await.unwrap();
+        assert_eq!(holds(&new), (0, 1));
+        close(parts).await;
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! Layers, outermost first; each knows only the ones below it:
 //! - [`args`], [`standalone`], [`cluster`], [`server`]: start-up and shutdown, one line per service;
-//! - [`http`]: requests and answers, limits, identity from the token ([`auth`]);
+//! - [`http`]: requests and answers, limits ([`shares`]), identity from the token ([`auth`]);
 //! - [`sql`]: which statements are taken, how they run, whose rows they see;
 //! - [`engine`]: instances, flush, commit stream, storages.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
@@ -18,5 +18,6 @@ pub mod error;
 pub mod http;
 pub mod metrics;
 pub mod server;
+pub mod shares;
 pub mod sql;
 pub mod standalone;

@@ -32,6 +32,10 @@ pub struct Metrics {
     pub statement_seconds: Histogram,
     /// Version of the catalog that is served.
     pub catalog_version: Gauge,
+    /// 1 while the catalog log is of another history than the catalog that is served.
+    pub catalog_refused: Gauge,
+    /// 1 when the data folder may not be served: another process took over, or it is an older copy.
+    pub disowned: Gauge,
     failures: Family<Status, Counter>,
 }
 
@@ -41,7 +45,8 @@ impl Default for Metrics {
         let statement_seconds = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
         let (rows_written, rows_flushed) = (Counter::default(), Counter::default());
         let (flushes, flush_failures, queries) = (Counter::default(), Counter::default(), Counter::default());
-        let (catalog_version, failures) = (Gauge::default(), Family::<Status, Counter>::default());
+        let (catalog_version, catalog_refused) = (Gauge::default(), Gauge::default());
+        let failures = Family::<Status, Counter>::default();
         registry.register("rows_written", "Rows acknowledged", rows_written.clone());
         registry.register("rows_flushed", "Rows moved into files", rows_flushed.clone());
         registry.register("flushes", "Files written by flushes", flushes.clone());
@@ -49,6 +54,17 @@ impl Default for Metrics {
         registry.register("queries", "Queries run", queries.clone());
         registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
         registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
+        registry.register(
+            "catalog_refused",
+            "1 while the catalog log is of another history than the catalog that is served",
+            catalog_refused.clone(),
+        );
+        let disowned = Gauge::default();
+        registry.register(
+            "disowned",
+            "1 if this pod may not serve its data: another process took over, or the data folder is an older copy",
+            disowned.clone(),
+        );
         registry.register("statement_failures", "Failed statements by HTTP status", failures.clone());
         Self {
             registry,
@@ -59,6 +75,8 @@ impl Default for Metrics {
             queries,
             statement_seconds,
             catalog_version,
+            disowned,
+            catalog_refused,
             failures,
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Server;
@@ -15,7 +15,11 @@ use crate::connections;
 use crate::engine::{Engine, Secrets, Storages};
 use crate::http::{self, Api};
 use crate::metrics::Metrics;
+use crate::shares::Shares;
 use crate::sql::Sql;
+
+/// How long a start waits for storages to tell whether this data folder is the newest one.
+const STREAMS_WAIT: Duration = Duration::from_secs(2);
 
 /// The parts of a server that is open and not yet serving.
 pub struct Parts {
@@ -56,13 +60,15 @@ impl Parts {
 /// If the address cannot be used.
 pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Result<()> {
     let Parts { metrics, engine, ready, .. } = parts;
+    // Before anybody is answered: the storages may know that the data folder is not what it was.
+    engine.open_known_streams(STREAMS_WAIT).await?;
     let sql = Sql::new(Arc::clone(&engine), server.sql.clone(), Arc::clone(&metrics))?;
     let api = Api {
         sql,
         tokens,
         metrics,
         body_bytes_max: server.body_bytes_max,
-        requests: Semaphore::new(server.requests_max),
+        requests: Shares::new(server.requests_max, server.requests_per_user_max),
         ready: ready.subscribe(),
     };
     let listener =

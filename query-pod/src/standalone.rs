@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use kalamdb_crds::manifests::{self, Folder};
-use kalamdb_model::{OnRemoval, compile};
+use kalamdb_model::{Catalog, OnRemoval, compile};
+use kalamdb_table_store::catalog_log;
 use kalamdb_table_store::store::Credentials;
 
 use crate::args::Standalone;
 use crate::auth::Tokens;
 use crate::catalog::CatalogHandle;
 use crate::engine::{Engine, Secrets};
+use crate::error::Chain;
 use crate::server::{self, Parts};
 
 /// How often the folder is looked at; the promise is one second.
@@ -33,14 +35,6 @@ pub async fn run(args: &Standalone) -> anyhow::Result<()> {
     let folder = args.manifests.clone();
     anyhow::ensure!(folder.is_dir(), "the manifest folder `{}` does not exist", folder.display());
     let parts = Parts::open(&args.server)?;
-    // Rows carry the ids of their tables: given anew, they could show one table's rows as another's.
-    // One version above is what a crash between noting and saving leaves; its ids were never served.
-    let (saved, noted) = (parts.catalog.current().catalog.version, parts.engine.noted_catalog()?);
-    anyhow::ensure!(
-        saved + 1 >= noted && (saved > 0 || !parts.engine.has_rows()?),
-        "`{}` has rows of catalog version {noted}, and its `catalog.json` has version {saved}; restore the newer file",
-        args.server.data_dir.display()
-    );
     let tokens = Tokens::of_data_dir(&args.server.data_dir)?;
     let mut watched = Watched::new(parts.catalog.clone(), Arc::clone(&parts.engine), parts.secrets.clone());
     watched.look(&folder);
@@ -122,18 +116,13 @@ impl Watched {
             return true;
         }
         let (version, tables) = (next.version, next.tables.len());
-        // Noted first: a data folder whose catalog is older than this would give ids a second time.
-        if let Err(error) = self.engine.note_catalog(version) {
-            tracing::error!(error = %error, "cannot note the catalog's version; serving the one before");
-            return false;
-        }
-        match self.catalog.replace(next) {
+        match self.engine.serve_catalog(Catalog { nonce: catalog_log::nonce(), ..next }) {
             Ok(()) => {
                 tracing::info!(version, tables, "serving a new catalog");
                 true
             }
             Err(error) => {
-                tracing::error!(error = %error, "cannot save the catalog; serving the one before");
+                tracing::error!(error = %Chain(&error), "cannot save the catalog; serving the one before");
                 false
             }
         }

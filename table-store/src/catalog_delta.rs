@@ -1,10 +1,12 @@
 //! What changed between two catalogs: the payload of a catalog-log entry. Pure.
 //!
-//! `apply(old, diff(old, new)) == new` up to the version, which the entry's number sets.
+//! `apply(old, diff(old, new)) == new` up to version and nonce, which are the entry's own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use kalamdb_model::TableId;
 use kalamdb_model::catalog::{Catalog, NamespaceEntry, NodeEntry, StorageEntry, TableEntry};
+use kalamdb_model::declared::StorageRoot;
 use kalamdb_model::names::{SqlName, StorageName, TableName};
 use serde::{Deserialize, Serialize};
 
@@ -72,7 +74,7 @@ impl<K: Ord + Clone, V: Clone + PartialEq> Changes<K, V> {
     }
 }
 
-/// What makes `old` into `new`, but for the version.
+/// What makes `old` into `new`, but for version and nonce.
 #[must_use]
 pub fn diff(old: &Catalog, new: &Catalog) -> CatalogDelta {
     CatalogDelta {
@@ -85,16 +87,50 @@ pub fn diff(old: &Catalog, new: &Catalog) -> CatalogDelta {
     }
 }
 
-/// `catalog` after `delta`, at `version`.
+/// `catalog` after `delta`, as version `version` with `nonce`.
 #[must_use]
-pub fn apply(catalog: &Catalog, delta: &CatalogDelta, version: u64) -> Catalog {
-    let mut next = Catalog { version, next_table: delta.next_table, ..catalog.clone() };
+pub fn apply(catalog: &Catalog, delta: &CatalogDelta, version: u64, nonce: &str) -> Catalog {
+    let mut next = Catalog { version, nonce: nonce.to_owned(), next_table: delta.next_table, ..catalog.clone() };
     delta.storages.apply_to(&mut next.storages);
     delta.namespaces.apply_to(&mut next.namespaces);
     delta.nodes.apply_to(&mut next.nodes);
     delta.tables.apply_to(&mut next.tables);
     delta.retained.apply_to(&mut next.retained);
     next
+}
+
+/// How `new` cannot be a later version of `old`; `None` if it can. Ids of tables and columns are never given twice, and
+/// what a table is and where its files lie never changes: rows are found by these.
+#[must_use]
+pub fn contradiction(old: &Catalog, new: &Catalog) -> Option<String> {
+    if new.next_table < old.next_table {
+        return Some(format!("the next table gets id {}, and {} is taken", new.next_table, old.next_table - 1));
+    }
+    let known: HashMap<TableId, &TableEntry> = tables(old).map(|table| (table.id, table)).collect();
+    let root = |catalog: &Catalog, table: &TableEntry| catalog.root(&table.location).map(StorageRoot::identity);
+    tables(new).filter(|table| table.id.0 < old.next_table).find_map(|table| {
+        let (name, id) = (&table.name, table.id.0);
+        match known.get(&table.id) {
+            None => Some(format!("`{name}` has id {id}, which was another table's")),
+            Some(was) if was.name != *name => Some(format!("`{name}` has id {id}, which is that of `{}`", was.name)),
+            Some(was) if continues(was, table) && root(old, was) == root(new, table) => None,
+            Some(_) => Some(format!("`{name}` has other columns or lies elsewhere")),
+        }
+    })
+}
+
+fn tables(catalog: &Catalog) -> impl Iterator<Item = &TableEntry> {
+    catalog.tables.values().chain(catalog.retained.values())
+}
+
+/// Whether rows of `was` read the same as rows of `table`.
+fn continues(was: &TableEntry, table: &TableEntry) -> bool {
+    let kept = was
+        .columns
+        .iter()
+        .all(|column| table.column(column.id).is_some_and(|now| (&now.name, &now.ty) == (&column.name, &column.ty)));
+    let unmixed = table.columns.iter().all(|column| column.id.0 >= was.next_column || was.column(column.id).is_some());
+    kept && unmixed && (was.kind, &was.key, &was.location) == (table.kind, &table.key, &table.location)
 }
 
 #[cfg(test)]
@@ -160,7 +196,7 @@ mod tests {
             let delta = diff(&old, &new);
             let stored: CatalogDelta = serde_json::from_slice(&serde_json::to_vec(&delta).unwrap()).unwrap();
             prop_assert_eq!(&stored, &delta);
-            prop_assert_eq!(apply(&old, &stored, version), Catalog { version, ..new });
+            prop_assert_eq!(apply(&old, &stored, version, "n"), Catalog { version, nonce: "n".into(), ..new });
         }
 
         #[test]

@@ -4,21 +4,29 @@
 //! ([`kalamdb_model::compile()`]) or who may try to write (the operator's lease).
 //!
 //! ```text
-//! {version:020}.json           {"format":1,"version","nonce","writer","atUs","delta"}
-//! snapshot-{version:020}.json  {"format":1,"version","nonce","writer","atUs","catalog"}
+//! {version:020}.json           {"format":1,"version","nonce","previous","writer","atUs","delta"}
+//! snapshot-{version:020}.json  {"format":1,"version","writer","atUs","catalog"}
 //! ```
 //! After a crash an entry is there or not. A snapshot that was not written is made up for by the next; nothing waits for
 //! it. [`CatalogLog::trim`] removes only what the newest snapshot covers, and never that snapshot.
 //!
-//! **A freed number.** Trimming frees numbers, which a writer that slept could win again. Therefore a writer counts as
-//! successful only after it has seen, *after* its put, that no snapshot covers its number; else it removes its entry.
+//! **One history.** A home store that is brought back to an older state goes on with other entries under numbers that
+//! readers have, and one id would come to mean two tables. Therefore a version has a nonce, an entry names that of the
+//! version before it, and readers and writers who know another version under that number get
+//! [`LogError::OtherHistory`]. A snapshot whose entries are trimmed away cannot be followed back; it is taken by a reader
+//! only if it gives no id that the reader knows a second meaning.
+//!
+//! **A freed number.** Trimming frees numbers, which a writer that slept, or a put that was given up, could win again. A
+//! writer looks before its put whether its predecessor is still the newest version, and counts as successful only after
+//! it has seen, *after* its put, that no snapshot covers its number; else it removes its entry. What dies in between
+//! leaves an entry that never counted. The snapshot that freed its number is older than it, so a reader takes an entry
+//! only after it has seen, *after* reading it, that no other snapshot covers it.
 //!
 //! **A slow reader.** Its next entry may be trimmed away, which looks like "nothing new". Of the polls that find nothing,
-//! the first and then every 32nd of a process therefore asks for a newer snapshot with one LIST that begins after the
-//! reader's version. Asking each time would cost as much as the polls themselves (a LIST is priced like 12 GETs), and a
-//! HEAD of one snapshot does not do, because older snapshots are trimmed too.
-
-use std::sync::atomic::{AtomicU32, Ordering};
+//! the first and then every 32nd of a [`Tail`] therefore asks for a newer snapshot with one LIST that begins at the
+//! reader's version, and whether that version is still in the log. Asking each time would cost as much as the polls
+//! themselves (a LIST is priced like 12 GETs), and a HEAD of one snapshot does not do, because older snapshots are
+//! trimmed too.
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -28,7 +36,8 @@ use object_store::{Error, ObjectStore, ObjectStoreExt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-pub use crate::catalog_delta::{CatalogDelta, Changes, apply, diff};
+pub use crate::catalog_delta::{CatalogDelta, Changes, apply, contradiction, diff};
+pub use crate::create::nonce;
 use crate::create::{self, Create, CreateError, create_exact};
 use crate::paths;
 
@@ -38,14 +47,18 @@ pub const FORMAT: u32 = 1;
 pub const SNAPSHOT_EVERY: u64 = 64;
 /// Polls that find nothing between two looks for a newer snapshot.
 const IDLE_POLLS_PER_LOOK: u32 = 32;
-/// Attempts to read a snapshot that a trim removes meanwhile.
-const SNAPSHOT_READS_MAX: usize = 5;
-
-static IDLE_POLLS: AtomicU32 = AtomicU32::new(0);
+/// Attempts to read what a trim removes meanwhile.
+const READS_MAX: usize = 5;
 
 /// The catalog log of one home store; all state is in the store.
 #[derive(Debug, Clone, Copy)]
 pub struct CatalogLog;
+
+/// Follows the log by polling, for as little as one GET.
+#[derive(Debug, Default)]
+pub struct Tail {
+    idle_polls: u32,
+}
 
 /// What became of an append.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,7 +109,18 @@ pub enum LogError {
         /// Its format.
         format: u32,
     },
-    /// The catalogs to append do not follow one another.
+    /// The log is not the one that the caller's version came from.
+    #[error(
+        "the catalog log does not go on from version {version} as it is known here: {found}; if the home store was \
+         restored, bring back its newest state"
+    )]
+    OtherHistory {
+        /// The caller's version.
+        version: u64,
+        /// What contradicts it.
+        found: String,
+    },
+    /// The catalogs to append do not follow one another, or the later one has no nonce of its own.
     #[error("version {next} does not follow version {previous}")]
     Order {
         /// Before.
@@ -123,8 +147,10 @@ pub struct Entry {
     pub format: u32,
     /// Its number.
     pub version: u64,
-    /// Random: tells our entry from another's.
+    /// Random: that of the catalog after it.
     pub nonce: String,
+    /// The nonce of the catalog before it; empty in the first entry.
+    pub previous: String,
     /// Who wrote it; another string for each process start.
     pub writer: String,
     /// When, microseconds since 1970; for people.
@@ -141,13 +167,11 @@ pub struct Snapshot {
     pub format: u32,
     /// Its number.
     pub version: u64,
-    /// Random.
-    pub nonce: String,
     /// Who wrote it.
     pub writer: String,
     /// When, microseconds since 1970; for people.
     pub at_us: i64,
-    /// The catalog after that entry.
+    /// The catalog after that entry, with its nonce.
     pub catalog: Catalog,
 }
 
@@ -164,36 +188,38 @@ impl CatalogLog {
     /// # Errors
     /// If the store does not answer or an object is damaged; neither is ever taken for an empty log.
     pub async fn load(store: &dyn ObjectStore) -> Result<Catalog, LogError> {
-        let mut catalog = newest_snapshot(store, 0).await?.map_or_else(Catalog::default, |found| found.catalog);
-        while let Some(next) = following(store, &catalog).await? {
-            catalog = next;
+        for _ in 0..READS_MAX {
+            let mut catalog = newest_snapshot(store, 0).await?.map_or_else(Catalog::default, |found| found.catalog);
+            let base = catalog.version;
+            while let Some(next) = following(store, &catalog).await? {
+                catalog = next;
+            }
+            // No number above `base` was ever freed, so every entry that was read counts.
+            if newest_snapshot_version(store, base).await?.is_none() {
+                return Ok(catalog);
+            }
         }
-        Ok(catalog)
+        Err(trimmed_too_fast())
     }
 
-    /// The catalog after `current`, if there is one: the next entry applied, or a newer snapshot where the next entry is
-    /// trimmed away. One GET; see the module's text for the rare LIST.
+    /// A catalog after `current`, if there is one: the next entry applied, or a newer snapshot. Without one, `current`
+    /// is the newest version.
     ///
     /// # Errors
-    /// As [`CatalogLog::load`].
+    /// As [`CatalogLog::load`]; and [`LogError::OtherHistory`], after which `current` is to be served on.
     pub async fn next(store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Catalog>, LogError> {
-        if let Some(next) = following(store, current).await? {
-            return Ok(Some(next));
+        match step(store, current).await? {
+            Some(next) => Ok(Some(next)),
+            None => leap(store, current).await,
         }
-        if !IDLE_POLLS.fetch_add(1, Ordering::Relaxed).is_multiple_of(IDLE_POLLS_PER_LOOK) {
-            return Ok(None);
-        }
-        Ok(newest_snapshot(store, current.version).await?.map(|found| found.catalog))
     }
 
-    /// Appends `next`, whose version is one above that of `previous`. After an error the same call may be repeated: an
-    /// entry that it had written counts as ours.
-    ///
-    /// `writer` must be another string for each process start, or two operators would take each other's entries for
-    /// their own.
+    /// Appends `next`, whose version is one above that of `previous`, and which has a [`nonce`] of its own. After an
+    /// error the same call may be repeated, with the same nonce: an entry that it had written counts as ours.
     ///
     /// # Errors
-    /// [`LogError::Unknown`] when the store does not say; nothing else may be appended before that is resolved.
+    /// [`LogError::OtherHistory`] if `previous` is not in the log; nothing was written then. [`LogError::Unknown`] when
+    /// the store does not say; nothing else may be appended before that is resolved.
     pub async fn append(
         store: &dyn ObjectStore,
         previous: &Catalog,
@@ -201,12 +227,15 @@ impl CatalogLog {
         writer: &str,
     ) -> Result<Appended, LogError> {
         let entry = entry_between(previous, next, writer)?;
+        if let Some(newer) = look(store, previous).await? {
+            return Ok(newer.outcome_of(&entry));
+        }
         let path = paths::catalog_entry(entry.version);
         let bytes = encode(&entry, &path)?;
         let created = create_exact(store, &path, bytes).await.map_err(LogError::Unknown)?;
         if let Create::Lost(found) = created {
             let found: Entry = decode(&found, &path, entry.version)?;
-            if found.writer != entry.writer || found.delta != entry.delta {
+            if found.nonce != entry.nonce {
                 return Ok(Appended::Foreign { version: entry.version, writer: found.writer });
             }
         }
@@ -248,16 +277,47 @@ impl CatalogLog {
     }
 }
 
+impl Tail {
+    /// As [`CatalogLog::next`], but when there is no next entry, most calls do not look for more.
+    ///
+    /// # Errors
+    /// As [`CatalogLog::next`].
+    pub async fn next(&mut self, store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Catalog>, LogError> {
+        if let Some(next) = step(store, current).await? {
+            return Ok(Some(next));
+        }
+        let looks = self.idle_polls.is_multiple_of(IDLE_POLLS_PER_LOOK);
+        self.idle_polls = self.idle_polls.wrapping_add(1);
+        if !looks {
+            return Ok(None);
+        }
+        let next = leap(store, current).await;
+        if next.is_err() {
+            // What is wrong stays wrong until a look says otherwise.
+            self.idle_polls = 0;
+        }
+        next
+    }
+}
+
 /// The entry, checked to give exactly `next` when a reader applies what is stored.
 fn entry_between(previous: &Catalog, next: &Catalog, writer: &str) -> Result<Entry, LogError> {
-    if previous.version.checked_add(1) != Some(next.version) {
+    let own_nonce = !next.nonce.is_empty() && next.nonce != previous.nonce;
+    if previous.version.checked_add(1) != Some(next.version) || !own_nonce {
         return Err(LogError::Order { previous: previous.version, next: next.version });
     }
-    let (nonce, writer, at_us) = (create::nonce(), writer.to_owned(), create::now_us());
-    let entry = Entry { format: FORMAT, version: next.version, nonce, writer, at_us, delta: diff(previous, next) };
+    let entry = Entry {
+        format: FORMAT,
+        version: next.version,
+        nonce: next.nonce.clone(),
+        previous: previous.nonce.clone(),
+        writer: writer.to_owned(),
+        at_us: create::now_us(),
+        delta: diff(previous, next),
+    };
     let path = paths::catalog_entry(next.version);
     let stored: Entry = decode(&encode(&entry, &path)?, &path, next.version)?;
-    if apply(previous, &stored.delta, next.version) == *next {
+    if apply(previous, &stored.delta, next.version, &stored.nonce) == *next {
         Ok(entry)
     } else {
         Err(LogError::Unstorable { version: next.version })
@@ -271,24 +331,34 @@ async fn step_down(
     entry: &Entry,
     covering: Snapshot,
 ) -> Result<Appended, LogError> {
-    // Our own entry of a repeated call may be covered by our own snapshot: then it counts.
-    if covering.version == entry.version && covering.writer == entry.writer {
-        return Ok(Appended::Ours);
+    let newest = covering.version;
+    let outcome = covering.outcome_of(entry);
+    if outcome == Appended::Ours {
+        return Ok(outcome);
     }
-    tracing::warn!(object_path = %path, newest = covering.version, "won a catalog version that a snapshot covers");
+    tracing::warn!(object_path = %path, newest, "won a catalog version that a snapshot covers");
     match store.delete(path).await {
-        Ok(()) | Err(Error::NotFound { .. }) => {
-            Ok(Appended::Foreign { version: covering.version, writer: covering.writer })
-        }
+        Ok(()) | Err(Error::NotFound { .. }) => Ok(outcome),
         Err(source) => Err(LogError::Store { path: path.clone(), source }),
+    }
+}
+
+impl Snapshot {
+    /// What became of an entry whose number this snapshot covers. Our own, of a call that is repeated, counts.
+    fn outcome_of(self, entry: &Entry) -> Appended {
+        if self.catalog.nonce == entry.nonce {
+            Appended::Ours
+        } else {
+            Appended::Foreign { version: self.version, writer: self.writer }
+        }
     }
 }
 
 /// A snapshot saves readers time and lets entries be trimmed; nothing depends on this one, so its failure is only told.
 async fn write_snapshot(store: &dyn ObjectStore, catalog: &Catalog, writer: &str) {
     let (version, path) = (catalog.version, paths::catalog_snapshot(catalog.version));
-    let (nonce, writer, at_us) = (create::nonce(), writer.to_owned(), create::now_us());
-    let snapshot = Snapshot { format: FORMAT, version, nonce, writer, at_us, catalog: catalog.clone() };
+    let (writer, at_us) = (writer.to_owned(), create::now_us());
+    let snapshot = Snapshot { format: FORMAT, version, writer, at_us, catalog: catalog.clone() };
     let outcome = match encode(&snapshot, &path) {
         Ok(bytes) => create_exact(store, &path, bytes).await.map_err(LogError::Unknown),
         Err(error) => Err(error),
@@ -304,27 +374,78 @@ async fn write_snapshot(store: &dyn ObjectStore, catalog: &Catalog, writer: &str
 async fn following(store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Catalog>, LogError> {
     let version = current.version + 1;
     let path = paths::catalog_entry(version);
-    let Some(bytes) = get(store, &path).await? else { return Ok(None) };
-    let entry: Entry = decode(&bytes, &path, version)?;
-    Ok(Some(apply(current, &entry.delta, version)))
+    let Some(entry) = get_as::<Entry>(store, &path, version).await? else { return Ok(None) };
+    if entry.previous == current.nonce {
+        Ok(Some(apply(current, &entry.delta, version, &entry.nonce)))
+    } else {
+        let found = format!("`{path}` follows another version {}", current.version);
+        Err(LogError::OtherHistory { version: current.version, found })
+    }
+}
+
+/// One version on; or to a snapshot, if that shows that the entry does not count or is not the newest.
+async fn step(store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Catalog>, LogError> {
+    let Some(next) = following(store, current).await? else { return Ok(None) };
+    match newest_snapshot(store, current.version).await? {
+        Some(found) if found.catalog.nonce != next.nonce => jump(current, found).map(Some),
+        _ => Ok(Some(next)),
+    }
+}
+
+/// To a snapshot, if there is one after `current`, which must be in the log otherwise.
+async fn leap(store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Catalog>, LogError> {
+    look(store, current).await?.map(|found| jump(current, found)).transpose()
+}
+
+/// Makes sure that `current` is in the log, or was before a snapshot covered it; returns the newest snapshot after it.
+async fn look(store: &dyn ObjectStore, current: &Catalog) -> Result<Option<Snapshot>, LogError> {
+    let newer = newest_snapshot(store, current.version).await?;
+    if newer.is_some() || current.version == 0 {
+        return Ok(newer);
+    }
+    let (version, nonce) = (current.version, &current.nonce);
+    let (entry, snapshot) = (paths::catalog_entry(version), paths::catalog_snapshot(version));
+    let is_entry = |found: Entry| found.nonce == *nonce;
+    let is_snapshot = |found: Snapshot| found.catalog.nonce == *nonce;
+    if get_as(store, &entry, version).await?.is_some_and(is_entry)
+        || get_as(store, &snapshot, version).await?.is_some_and(is_snapshot)
+    {
+        return Ok(None);
+    }
+    Err(LogError::OtherHistory { version, found: format!("`{entry}` is missing or another one") })
+}
+
+/// From `current` to a snapshot, past entries that may be trimmed away.
+fn jump(current: &Catalog, to: Snapshot) -> Result<Catalog, LogError> {
+    match contradiction(current, &to.catalog) {
+        None => Ok(to.catalog),
+        Some(contradiction) => {
+            let found = format!("in `{}`, {contradiction}", paths::catalog_snapshot(to.version));
+            Err(LogError::OtherHistory { version: current.version, found })
+        }
+    }
 }
 
 /// The newest snapshot above version `above`.
 async fn newest_snapshot(store: &dyn ObjectStore, above: u64) -> Result<Option<Snapshot>, LogError> {
     // A trim may remove the one that was listed, but only after a newer one is there: list again.
-    for _ in 0..SNAPSHOT_READS_MAX {
+    for _ in 0..READS_MAX {
         let Some(version) = newest_snapshot_version(store, above).await? else { return Ok(None) };
         let path = paths::catalog_snapshot(version);
-        if let Some(bytes) = get(store, &path).await? {
-            let snapshot: Snapshot = decode(&bytes, &path, version)?;
+        if let Some(snapshot) = get_as::<Snapshot>(store, &path, version).await? {
             return match snapshot.catalog.version {
                 says if says == version => Ok(Some(snapshot)),
                 says => Err(LogError::Misplaced { path, says }),
             };
         }
     }
-    let source = Error::Generic { store: "table-store", source: "every listed snapshot was gone when read".into() };
-    Err(LogError::Store { path: paths::catalog_prefix(), source })
+    Err(trimmed_too_fast())
+}
+
+fn trimmed_too_fast() -> LogError {
+    let source =
+        Error::Generic { store: "table-store", source: "the log is trimmed faster than it can be read".into() };
+    LogError::Store { path: paths::catalog_prefix(), source }
 }
 
 /// Names sort by number, and snapshots after entries: the LIST begins behind everything that is of no interest.
@@ -340,8 +461,15 @@ async fn newest_snapshot_version(store: &dyn ObjectStore, above: u64) -> Result<
         .map_err(|source| LogError::Store { path: folder, source })
 }
 
-async fn get(store: &dyn ObjectStore, path: &Path) -> Result<Option<Bytes>, LogError> {
-    create::read(store, path).await.map_err(|source| LogError::Store { path: path.clone(), source })
+/// The object of the log at `path`, if there is one.
+async fn get_as<T: DeserializeOwned>(
+    store: &dyn ObjectStore,
+    path: &Path,
+    version: u64,
+) -> Result<Option<T>, LogError> {
+    let found = create::read(store, path).await;
+    let found = found.map_err(|source| LogError::Store { path: path.clone(), source })?;
+    found.map(|bytes| decode(&bytes, path, version)).transpose()
 }
 
 fn encode(object: &impl Serialize, path: &Path) -> Result<Bytes, LogError> {

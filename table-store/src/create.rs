@@ -90,7 +90,8 @@ pub(crate) async fn within<T>(
 }
 
 /// A text that no other process makes: what tells our object from another's.
-pub(crate) fn nonce() -> String {
+#[must_use]
+pub fn nonce() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 

@@ -4,6 +4,9 @@
 //! Does not own: what objects are called; paths come encoded ([`crate::paths`]), and this store refuses none but its own
 //! folder of temporaries. Symbolic links inside the root are followed: they are the administrator's business.
 //!
+//! A root that was used before may be a disk that is not mounted now. [`FilesystemStore::open_used`] never makes such a
+//! root anew: what were written there would lie on another disk.
+//!
 //! After a crash an object is there whole or not at all. An answer was only given after the file *and* every folder on
 //! the way to it were on disk; `object_store`'s own `LocalFileSystem` syncs neither, which is why this one exists.
 
@@ -30,6 +33,8 @@ use object_store::{
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::paths;
+
 const STORE: &str = "filesystem";
 
 /// Folder of temporaries below the root. No encoded path holds a `~`, so no object can lie there.
@@ -54,6 +59,8 @@ pub struct FilesystemStore {
 struct Inner {
     root: PathBuf,
     temporaries: PathBuf,
+    /// A folder that must be there before anything is made in the root.
+    marker: Option<PathBuf>,
     process: u128,
     next_temporary: AtomicU64,
     /// Folders whose entry in their parent is on disk.
@@ -76,20 +83,39 @@ impl FilesystemStore {
     /// # Errors
     /// If the folder cannot be made or written.
     pub fn open(root: &FsPath) -> Result<Self> {
-        let root = std::path::absolute(root).map_err(|e| failure("find", root, e))?;
+        let root = absolute(root)?;
         create_durably(&root)?;
+        Self::in_root(root, None)
+    }
+
+    /// Opens `root` for its first use: makes it if it is missing, and its marker, durably.
+    ///
+    /// # Errors
+    /// If the folder cannot be made or written.
+    pub fn open_first(root: &FsPath) -> Result<Self> {
+        create_durably(&marker(&absolute(root)?))?;
+        Self::open_used(root)
+    }
+
+    /// Opens `root`, which was used before. It must be there and hold what the first use made, now and whenever
+    /// something is made in it: a disk may be unmounted while we run.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it is not there or empty; else if it cannot be written.
+    pub fn open_used(root: &FsPath) -> Result<Self> {
+        let root = absolute(root)?;
+        let marker = marker(&root);
+        check_marker(&marker)?;
+        Self::in_root(root, Some(marker))
+    }
+
+    fn in_root(root: PathBuf, marker: Option<PathBuf>) -> Result<Self> {
         let temporaries = root.join(TEMPORARIES);
         create_durably(&temporaries)?;
         remove_leftovers(&temporaries)?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                root,
-                temporaries,
-                process: rand::random(),
-                next_temporary: AtomicU64::new(0),
-                durable: Mutex::default(),
-            }),
-        })
+        let (process, next_temporary) = (rand::random(), AtomicU64::new(0));
+        let inner = Inner { root, temporaries, marker, process, next_temporary, durable: Mutex::default() };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Runs blocking work where it blocks nobody.
@@ -133,6 +159,7 @@ impl Inner {
     }
 
     fn temporary(&self) -> Result<Temporary> {
+        self.check_root()?;
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let path = self.temporaries.join(format!("{:032x}-{number}", self.process));
         let create = || File::options().read(true).write(true).create_new(true).open(&path);
@@ -202,6 +229,12 @@ impl Inner {
         Ok(())
     }
 
+    /// Fails if the root is not the one that was opened any more. Asked before each write: it costs a microsecond, and a
+    /// put that takes milliseconds would go to another disk.
+    fn check_root(&self) -> Result<()> {
+        self.marker.as_deref().map_or(Ok(()), check_marker)
+    }
+
     fn known(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
         // A panic between two lines that hold the lock leaves a set that is right, only smaller.
         self.durable.lock().unwrap_or_else(PoisonError::into_inner)
@@ -249,6 +282,7 @@ impl Inner {
     /// Links rather than copies: objects are never changed in place, so two names may share one file.
     fn copy(&self, from: &Path, to: &Path, create: bool) -> Result<()> {
         let (from, to) = (self.resolve(from)?, self.resolve(to)?);
+        self.check_root()?;
         retry_vanished(|| {
             self.make_parents(&to)?;
             if create {
@@ -266,6 +300,7 @@ impl Inner {
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         let (from, to) = (self.resolve(from)?, self.resolve(to)?);
+        self.check_root()?;
         retry_vanished(|| {
             self.make_parents(&to)?;
             let renamed = fs::rename(&from, &to).map_err(|e| failure("rename", &from, e));
@@ -515,6 +550,22 @@ fn remove_leftovers(temporaries: &FsPath) -> Result<()> {
     Ok(())
 }
 
+fn absolute(root: &FsPath) -> Result<PathBuf> {
+    std::path::absolute(root).map_err(|e| failure("find", root, e))
+}
+
+fn marker(root: &FsPath) -> PathBuf {
+    root.join(paths::CLUSTER)
+}
+
+fn check_marker(marker: &FsPath) -> Result<()> {
+    match fs::metadata(marker) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(failure("use", marker, io::ErrorKind::NotADirectory.into())),
+        Err(e) => Err(failure("find", marker, e)),
+    }
+}
+
 fn parent(path: &FsPath) -> &FsPath {
     path.parent().unwrap_or(path)
 }
@@ -593,6 +644,34 @@ mod tests {
         store.put(&path, "two".into()).await.unwrap();
         fs::remove_dir_all(folder.path()).unwrap();
         assert!(store.put(&path, "three".into()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_used_root_is_never_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, away) = (folder.path().join("root"), folder.path().join("away"));
+        let path = Path::parse("users/a/file").unwrap();
+        let gone =
+            |result: Result<FilesystemStore>| assert!(matches!(result, Err(Error::NotFound { .. })), "{result:?}");
+        gone(FilesystemStore::open_used(&root));
+        assert!(!root.exists());
+        let running = FilesystemStore::open_first(&root).unwrap();
+        running.put(&path, "one".into()).await.unwrap();
+        // The disk is unmounted: what stays is an empty folder, or one that an earlier mistake left something in.
+        fs::rename(&root, &away).unwrap();
+        for leftovers in [&[][..], &[TEMPORARIES], &[TEMPORARIES, "users/a"]] {
+            fs::create_dir(&root).unwrap();
+            leftovers.iter().for_each(|leftover| fs::create_dir_all(root.join(leftover)).unwrap());
+            gone(FilesystemStore::open_used(&root));
+            assert!(matches!(running.put(&path, "two".into()).await, Err(Error::NotFound { .. })));
+            assert!(running.get(&path).await.is_err());
+            assert_eq!(fs::read_dir(&root).unwrap().count(), leftovers.len());
+            fs::remove_dir_all(&root).unwrap();
+        }
+        fs::rename(&away, &root).unwrap();
+        running.put(&path, "two".into()).await.unwrap();
+        let again = FilesystemStore::open_used(&root).unwrap();
+        assert_eq!(again.get(&path).await.unwrap().bytes().await.unwrap(), "two");
     }
 
     #[tokio::test]

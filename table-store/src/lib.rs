@@ -29,5 +29,5 @@ pub use create::{Create, CreateError, create_exact};
 pub use filesystem::FilesystemStore;
 pub use manifest::{Edit, FileEntry, Manifest};
 pub use probe::{ProbeError, ProbeReason, probe};
-pub use store::{Credentials, StoreError, open, open_home};
+pub use store::{Credentials, StoreError, open, open_first, open_home};
 pub use stream::{Replay, StreamError, StreamWriter, fence};

@@ -24,7 +24,9 @@ use object_store::path::{Path, PathPart};
 pub const SEGMENT_BYTES_MAX: usize = 200;
 
 /// First segments that no instance may use: KalamDB's own folders.
-const RESERVED: [&str; 2] = ["_cluster", "_catalog"];
+const RESERVED: [&str; 2] = [CLUSTER, "_catalog"];
+/// The folder of KalamDB's own objects, which every used root has.
+pub const CLUSTER: &str = "_cluster";
 
 const ENTRIES: &str = "_catalog/objects";
 const SNAPSHOT: &str = "snapshot-";
@@ -141,7 +143,7 @@ pub fn stream_object(incarnation: &str, seq: u64) -> Path {
 /// The folder of one commit stream.
 #[must_use]
 pub fn stream_prefix(incarnation: &str) -> Path {
-    Path::from_iter(["_cluster", "stream", incarnation])
+    Path::from_iter([CLUSTER, "stream", incarnation])
 }
 
 /// The folder of the catalog log.
@@ -177,7 +179,7 @@ pub fn catalog_snapshot_version(path: &Path) -> Option<u64> {
 /// Entry `number` of the ownership log, in the home store: which volume serves the instance.
 #[must_use]
 pub fn owners_entry(number: u64) -> Path {
-    child(&Path::from_iter(["_cluster", "owners"]), &format!("{number:020}.json"))
+    child(&Path::from_iter([CLUSTER, "owners"]), &format!("{number:020}.json"))
 }
 
 /// Entry `version` of the log of users.
@@ -189,7 +191,7 @@ pub fn users_entry(version: u64) -> Path {
 /// A small object that shows whether a storage can be used.
 #[must_use]
 pub fn probe_object(nonce: &str) -> Path {
-    Path::from_iter(["_cluster", "probe", nonce])
+    Path::from_iter([CLUSTER, "probe", nonce])
 }
 
 fn encode_byte(byte: u8) -> String {

@@ -146,6 +146,12 @@ pub enum StoreError {
         /// What is wrong.
         source: object_store::path::Error,
     },
+    /// The folder was used before, and what was there is not there now.
+    #[error("the folder `{path}` was used before, and is missing or empty now; mount its disk, or restore it")]
+    NotMounted {
+        /// The folder.
+        path: String,
+    },
     /// The client refuses the options, or the folder cannot be used.
     #[error("cannot open `{url}`")]
     Open {
@@ -156,13 +162,29 @@ pub enum StoreError {
     },
 }
 
-/// Opens the store at `root`; paths are relative to it. No request is made yet: [`probe`] does that.
+/// Opens the store at `root` for its first use: as [`open`], but a folder is made, and marked as used.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_first(
+    root: &StorageRoot,
+    credentials: Option<&Credentials>,
+    data_dir: &FsPath,
+) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    match root {
+        StorageRoot::Filesystem { path } => opened(FilesystemStore::open_first(&data_dir.join(path)), &root.url()),
+        _ => open(root, credentials, data_dir),
+    }
+}
+
+/// Opens the store at `root`, which was used before; paths are relative to it. No request is made yet: [`probe`] does
+/// that. A folder must hold what its first use made there, else its disk may not be mounted.
 ///
 /// Without `credentials`, S3, GCS and Azure use the identity of the process (its environment, IRSA and its like).
 /// A relative folder is relative to `data_dir`.
 ///
 /// # Errors
-/// If the credentials lack a key or the options are wrong.
+/// If the credentials lack a key, the options are wrong, or the folder is not there.
 pub fn open(
     root: &StorageRoot,
     credentials: Option<&Credentials>,
@@ -170,7 +192,15 @@ pub fn open(
 ) -> Result<Arc<dyn ObjectStore>, StoreError> {
     let env = |name: &str| std::env::var(name).ok();
     match root {
-        StorageRoot::Filesystem { path } => open_folder(&data_dir.join(path), &root.url()),
+        StorageRoot::Filesystem { path } => {
+            let folder = data_dir.join(path);
+            match FilesystemStore::open_used(&folder) {
+                Err(object_store::Error::NotFound { .. }) => {
+                    Err(StoreError::NotMounted { path: folder.display().to_string() })
+                }
+                other => opened(other, &root.url()),
+            }
+        }
         StorageRoot::S3 { bucket, prefix, region, endpoint, path_style, allow_http } => {
             let mut builder = match credentials {
                 None => s3_from(&env, &AWS_IDENTITY),
@@ -218,7 +248,7 @@ pub fn open_home(url: &str, env: impl Fn(&str) -> Option<String>) -> Result<Arc<
     let unknown = || StoreError::Url { url: url.to_owned() };
     let (scheme, rest) = url.split_once("://").ok_or_else(unknown)?;
     if scheme == "file" && rest.starts_with('/') {
-        return open_folder(FsPath::new(rest), url);
+        return opened(FilesystemStore::open(FsPath::new(rest)), url);
     }
     let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
     if bucket.is_empty() {
@@ -238,8 +268,8 @@ pub fn open_home(url: &str, env: impl Fn(&str) -> Option<String>) -> Result<Arc<
     }
 }
 
-fn open_folder(folder: &FsPath, url: &str) -> Result<Arc<dyn ObjectStore>, StoreError> {
-    match FilesystemStore::open(folder) {
+fn opened(store: object_store::Result<FilesystemStore>, url: &str) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    match store {
         Ok(store) => Ok(Arc::new(store)),
         Err(source) => Err(StoreError::Open { url: url.to_owned(), source }),
     }
@@ -415,6 +445,8 @@ mod tests {
     async fn a_relative_folder_lies_in_the_data_directory() {
         let data = tempfile::tempdir().unwrap();
         let root = StorageRoot::Filesystem { path: "./files".into() };
+        assert!(matches!(open(&root, None, data.path()), Err(StoreError::NotMounted { .. })));
+        open_first(&root, None, data.path()).unwrap();
         let store = open(&root, None, data.path()).unwrap();
         store.put(&Path::parse("a/b").unwrap(), "x".into()).await.unwrap();
         assert!(data.path().join("files/a/b").is_file());

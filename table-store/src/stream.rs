@@ -219,6 +219,35 @@ pub struct Replay {
     pub fenced_by: String,
 }
 
+/// What a stream holds so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    /// Its edits from the number that was asked for, in commit order.
+    pub edits: Vec<Edit>,
+    /// Who ended it, if it is ended.
+    pub fenced_by: Option<String>,
+}
+
+/// What the stream of `incarnation` holds from `from_seq` on, as far as it has come. Ends nothing: more may follow.
+///
+/// # Errors
+/// As [`fence`].
+pub async fn look(store: &dyn ObjectStore, incarnation: &str, from_seq: u64) -> Result<Look, StreamError> {
+    let mut edits = Vec::new();
+    let mut seq = from_seq;
+    while let Some(found) = read(store, incarnation, seq).await? {
+        match found.body {
+            Body::Fence { by } => return Ok(Look { edits, fenced_by: Some(by) }),
+            Body::Edits(more) => edits.extend(more),
+        }
+        seq += 1;
+        if edits.len() > REPLAY_EDITS_MAX {
+            return Err(StreamError::TooMany { incarnation: incarnation.to_owned(), next_seq: seq });
+        }
+    }
+    Ok(Look { edits, fenced_by: None })
+}
+
 /// Ends the stream of `incarnation` for ever, and returns what it holds from `from_seq` on.
 ///
 /// A fence that is there already, ours or another's, ends it just as well: a caller that died after its fence, and its
@@ -275,5 +304,51 @@ fn decode(bytes: &[u8], path: &Path, incarnation: &str, seq: u64) -> Result<Stre
         Ok(object)
     } else {
         Err(corrupt(FormatError::Order("the header names another object")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::ObjectStoreExt;
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    /// What a proxy between us and the store answers with status 200.
+    const PAGE: &str = "<!doctype html><title>Sign in to the network</title>";
+
+    async fn with_page(seq: u64) -> Arc<dyn ObjectStore> {
+        let store = InMemory::new();
+        store.put(&paths::stream_object("01a", seq), PAGE.into()).await.unwrap();
+        Arc::new(store)
+    }
+
+    #[tokio::test]
+    async fn a_page_in_place_of_an_object_is_neither_ours_nor_anothers_and_the_commit_stays_pending() {
+        let store = with_page(1).await;
+        let mut writer = StreamWriter::new(Arc::clone(&store), "01a", 1);
+        for _ in 0..2 {
+            assert!(matches!(writer.append(Vec::new()).await, Err(StreamError::Corrupt { .. })));
+            assert_eq!((writer.is_stalled(), writer.next_seq()), (true, 1));
+        }
+        store.delete(&paths::stream_object("01a", 1)).await.unwrap();
+        assert_eq!(writer.append(Vec::new()).await.unwrap(), 1);
+        assert_eq!((writer.is_stalled(), writer.next_seq()), (false, 2));
+    }
+
+    #[tokio::test]
+    async fn a_page_in_place_of_an_object_ends_no_stream_and_shortens_none() {
+        let store = with_page(2).await;
+        StreamWriter::new(Arc::clone(&store), "01a", 1).append(Vec::new()).await.unwrap();
+        for _ in 0..2 {
+            assert!(matches!(fence(&*store, "01a", 1, "01b").await, Err(StreamError::Corrupt { .. })));
+            assert!(matches!(look(&*store, "01a", 1).await, Err(StreamError::Corrupt { .. })));
+            assert!(matches!(read(&*store, "01a", 2).await, Err(StreamError::Corrupt { .. })));
+        }
+        assert_eq!(store.get(&paths::stream_object("01a", 2)).await.unwrap().bytes().await.unwrap(), PAGE);
+        store.delete(&paths::stream_object("01a", 2)).await.unwrap();
+        assert_eq!(look(&*store, "01a", 1).await.unwrap(), Look { edits: Vec::new(), fenced_by: None });
+        assert_eq!(fence(&*store, "01a", 1, "01b").await.unwrap().fence_seq, 2);
+        assert_eq!(look(&*store, "01a", 1).await.unwrap().fenced_by.as_deref(), Some("01b"));
     }
 }

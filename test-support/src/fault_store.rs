@@ -27,9 +27,14 @@ pub enum Fault {
     Before,
     /// The object is stored, and the answer is an error all the same.
     After,
+    /// Other bytes are stored, and the answer is an error.
+    Garbled,
     /// Nothing is stored yet: [`FaultStore::land_late_puts`] does it.
     Late,
 }
+
+/// What [`Fault::Garbled`] stores.
+pub const GARBLED: &str = "<!doctype html><title>Bad gateway</title>";
 
 /// Probabilities per call, each 0.0 to 1.0.
 #[derive(Clone, Copy, Debug, Default)]
@@ -157,6 +162,9 @@ impl ObjectStore for FaultStore {
             None => self.inner.put_opts(location, payload, opts).await,
             Some(Fault::Before) => Err(failure()),
             Some(Fault::After) => self.inner.put_opts(location, payload, opts).await.and_then(|_| Err(failure())),
+            Some(Fault::Garbled) => {
+                self.inner.put_opts(location, GARBLED.into(), opts).await.and_then(|_| Err(failure()))
+            }
             Some(Fault::Late) => {
                 self.state().late.push((location.clone(), payload, opts));
                 Err(failure())

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 /// How long a pod may take to get ready or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -146,6 +148,23 @@ impl Home {
     /// # Errors
     /// With its log, if it does not get ready.
     pub async fn start(&self) -> anyhow::Result<Pod> {
+        let mut pod = self.start_listening().await?;
+        let deadline = Instant::now() + PATIENCE;
+        while !pod.get("/readyz").await.is_ok_and(|(status, _)| status == 200) {
+            if let Some(status) = pod.child.try_wait()? {
+                bail!("the pod ended with {status}:\n{}", pod.log());
+            }
+            ensure!(Instant::now() < deadline, "the pod did not get ready:\n{}", pod.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(pod)
+    }
+
+    /// Starts a pod and waits until it listens; it may never be ready.
+    ///
+    /// # Errors
+    /// With its log, if it does not listen.
+    pub async fn start_listening(&self) -> anyhow::Result<Pod> {
         let before = self.log().len();
         let mut child = self.spawn()?;
         let deadline = Instant::now() + PATIENCE;
@@ -158,17 +177,13 @@ impl Home {
             let address =
                 log[before..].lines().find_map(|line| line.split_once("address=")).map(|(_, address)| address.trim());
             if let Some(address) = address {
-                let url = format!("http://{address}");
-                let ready = client.get(format!("{url}/readyz")).send().await.is_ok_and(|r| r.status().is_success());
-                if ready {
-                    let (binary, data_dir) = (self.binary.clone(), self.data_dir());
-                    let log = self.dir.path().join("log");
-                    return Ok(Pod { child, binary, data_dir, log, url, client, tokens: Mutex::default() });
-                }
+                let (binary, data_dir) = (self.binary.clone(), self.data_dir());
+                let (url, log) = (format!("http://{address}"), self.dir.path().join("log"));
+                return Ok(Pod { child, binary, data_dir, log, url, client, tokens: Mutex::default() });
             }
             if Instant::now() > deadline {
                 let _ = child.kill();
-                bail!("the pod did not get ready:\n{log}");
+                bail!("the pod does not listen:\n{log}");
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -227,6 +242,38 @@ impl Pod {
         let text = response.text().await?;
         let body = serde_json::from_str(&text).with_context(|| format!("no JSON, with status {status}: {text}"))?;
         Ok(Answer { status, body, text })
+    }
+
+    /// Begins a request as `user` on a connection of its own and waits until the server asks for its body, of `bytes`
+    /// bytes. Sending that and reading the answer is left to the caller.
+    ///
+    /// # Errors
+    /// If there is no connection, or the server does not want the body.
+    pub async fn begin(&self, user: &str, bytes: usize) -> anyhow::Result<TcpStream> {
+        const GO_ON: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+        let address = self.url.strip_prefix("http://").context("an HTTP address")?;
+        let token = self.token(user, "user")?;
+        let mut connection = TcpStream::connect(address).await?;
+        let head = format!(
+            "POST /v1/api/sql HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\
+             content-length: {bytes}\r\nexpect: 100-continue\r\n\r\n"
+        );
+        connection.write_all(head.as_bytes()).await?;
+        let mut said = [0; GO_ON.len()];
+        connection.read_exact(&mut said).await?;
+        ensure!(said == GO_ON, "the server said {}…", String::from_utf8_lossy(&said));
+        Ok(connection)
+    }
+
+    /// Sends a statement as `user` on a connection of its own, and leaves it to the caller to read the answer.
+    ///
+    /// # Errors
+    /// As [`Pod::begin`].
+    pub async fn send_unread(&self, user: &str, sql: &str) -> anyhow::Result<TcpStream> {
+        let body = json!({"sql": sql}).to_string();
+        let mut connection = self.begin(user, body.len()).await?;
+        connection.write_all(body.as_bytes()).await?;
+        Ok(connection)
     }
 
     /// Runs a statement as `user` and returns its rows.

@@ -102,6 +102,34 @@ fn parse(bytes: &[u8]) -> Result<(Generation, i64, &[u8]), RecordError> {
 mod tests {
     use super::*;
 
+    /// A progress and a publication of format 1; must decode for as long as any version reads format 1.
+    const SAMPLE: &str = include_str!("../tests/it/record-format-1.hex");
+
+    fn from_hex(digits: &str) -> Vec<u8> {
+        let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("two digits");
+        (0..digits.len()).step_by(2).map(byte).collect()
+    }
+
+    #[test]
+    fn the_stored_sample_of_format_1_decodes_and_is_still_what_is_written() {
+        let lines: Vec<&str> = SAMPLE.lines().collect();
+        let to_hex = |bytes: Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let manifest = br#"{"format":1,"files":[]}"#;
+        let expected = Record {
+            flushed: Generation(4),
+            active: Generation(6),
+            last_seq: 1_732_000_000_000_060,
+            manifest: manifest.to_vec(),
+        };
+        let (progress, publication) = (from_hex(lines[0]), from_hex(lines[1]));
+        assert_eq!(decode(Some(&publication), Some(&progress)), Ok(Some(expected)));
+        let written = [
+            to_hex(encode(Generation(6), 1_732_000_000_000_060, b"")),
+            to_hex(encode(Generation(4), 1_732_000_000_000_040, manifest)),
+        ];
+        assert_eq!(written[..], lines, "what is written changed: that needs a new format");
+    }
+
     #[test]
     fn both_parts_make_one_record() {
         let publication = encode(Generation(4), 40, b"files");

@@ -109,17 +109,6 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn row(what: &str, rows_each: u64, measured: &Measured) {
-    let factor = f64::from(u32::try_from(rows_each).unwrap_or(u32::MAX));
-    println!(
-        "{what:<58} {:>14.0} {:>9.2} {:>9.2} {:>9}",
-        measured.per_second() * factor,
-        measured.millis_at(0.5),
-        measured.millis_at(0.99),
-        measured.operations()
-    );
-}
-
 fn once(what: &str, rows: u64, elapsed: Duration) {
     #[expect(clippy::cast_precision_loss, reason = "shown without digits")]
     let per_second = rows as f64 / elapsed.as_secs_f64().max(f64::EPSILON);
@@ -127,6 +116,31 @@ fn once(what: &str, rows: u64, elapsed: Duration) {
 }
 
 impl Bench {
+    /// Prints what `measuring` measured, and whether the server was too busy for some of it: a request that is sent again
+    /// waits for a second or more, which is no figure of the server's.
+    async fn row(
+        &self,
+        what: &str,
+        rows_each: u64,
+        measuring: impl Future<Output = anyhow::Result<Measured>>,
+    ) -> anyhow::Result<()> {
+        let before = self.client.repeated();
+        let measured = measuring.await?;
+        let factor = f64::from(u32::try_from(rows_each).unwrap_or(u32::MAX));
+        println!(
+            "{what:<58} {:>14.0} {:>9.2} {:>9.2} {:>9}",
+            measured.per_second() * factor,
+            measured.millis_at(0.5),
+            measured.millis_at(0.99),
+            measured.operations()
+        );
+        let again = self.client.repeated() - before;
+        if again > 0 {
+            println!("  (with waits: {again} requests were sent again because the server was busy)");
+        }
+        Ok(())
+    }
+
     fn token(&self, name: &str) -> anyhow::Result<Arc<str>> {
         let user = UserId::new(format!("bench-{}-{name}", self.run))?;
         Ok(self.signer.token(&user, Role::User)?.into())
@@ -171,23 +185,19 @@ impl Bench {
 
     async fn writes(&self) -> anyhow::Result<()> {
         let all = CLIENTS as usize;
-        row("durable INSERT of 1 row, 64 clients, 64 users", 1, &self.inserts("many", all, 1, true).await?);
-        row("  the same, keys generated", 1, &self.inserts("generated", all, 1, false).await?);
-        row("durable INSERT of 1 row, 64 clients, one user", 1, &self.inserts("one", 1, 1, true).await?);
-        row("  the same, keys generated", 1, &self.inserts("one-generated", 1, 1, false).await?);
-        let rows = self.inserts("hundred", all, 100, true).await?;
-        row("rows by INSERT of 100 rows, 64 clients, 64 users", 100, &rows);
-        Ok(())
+        self.row("durable INSERT of 1 row, 64 clients, 64 users", 1, self.inserts("many", all, 1, true)).await?;
+        self.row("  the same, keys generated", 1, self.inserts("generated", all, 1, false)).await?;
+        self.row("durable INSERT of 1 row, 64 clients, one user", 1, self.inserts("one", 1, 1, true)).await?;
+        self.row("  the same, keys generated", 1, self.inserts("one-generated", 1, 1, false)).await?;
+        self.row("rows by INSERT of 100 rows, 64 clients, 64 users", 100, self.inserts("hundred", all, 100, true)).await
     }
 
     async fn hot_reads(&self) -> anyhow::Result<()> {
         let token = self.token("hot")?;
         self.insert_range(&token, "bench.hot", 0, HOT_ROWS).await?;
-        let one = self.point_reads(&token, "bench.hot", HOT_ROWS, 1).await?;
-        row("point SELECT of a hot row, 1 client", 1, &one);
-        let many = self.point_reads(&token, "bench.hot", HOT_ROWS, CLIENTS).await?;
-        row("point SELECT of a hot row, 64 clients", 1, &many);
-        Ok(())
+        let reads = |clients| self.point_reads(&token, "bench.hot", HOT_ROWS, clients);
+        self.row("point SELECT of a hot row, 1 client", 1, reads(1)).await?;
+        self.row("point SELECT of a hot row, 64 clients", 1, reads(CLIENTS)).await
     }
 
     /// Reads rows of `0..rows` by key, in random order, and checks each.
@@ -270,14 +280,13 @@ impl Bench {
 
     async fn cold_reads(&self, rows: u64) -> anyhow::Result<()> {
         let token = self.token("cold")?;
-        let count = self.counts(&token, "SELECT count(*) FROM bench.cold", rows).await?;
-        row(&format!("count(*) over {rows} cold rows, 1 client"), 1, &count);
+        let count = self.counts(&token, "SELECT count(*) FROM bench.cold", rows);
+        self.row(&format!("count(*) over {rows} cold rows, 1 client"), 1, count).await?;
         let sql = "SELECT count(*) FROM bench.cold WHERE payload LIKE '%-%'";
-        row("  the same, reading every payload", 1, &self.counts(&token, sql, rows).await?);
-        row("point SELECT of a cold row, 1 client", 1, &self.point_reads(&token, "bench.cold", rows, 1).await?);
-        let many = self.point_reads(&token, "bench.cold", rows, 8).await?;
-        row("point SELECT of a cold row, 8 clients", 1, &many);
-        Ok(())
+        self.row("  the same, reading every payload", 1, self.counts(&token, sql, rows)).await?;
+        let reads = |clients| self.point_reads(&token, "bench.cold", rows, clients);
+        self.row("point SELECT of a cold row, 1 client", 1, reads(1)).await?;
+        self.row("point SELECT of a cold row, 8 clients", 1, reads(8)).await
     }
 
     async fn counts(&self, token: &Arc<str>, sql: &'static str, rows: u64) -> anyhow::Result<Measured> {

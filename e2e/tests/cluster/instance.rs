@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 pub const NAMESPACE: &str = "kalamdb";
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What `dev.sh env` says.
+/// A variable of those that a cluster is known by; `kind-config.yaml` lists them.
 ///
 /// # Errors
-/// If it does not run: a cluster test is never skipped.
+/// If it is not set: a cluster test is never skipped.
 pub fn env(name: &str) -> anyhow::Result<String> {
     std::env::var(name).with_context(|| format!("`{name}` is not set; run the cluster tests with `make e2e`"))
 }
@@ -30,14 +30,16 @@ pub fn root() -> PathBuf {
 
 /// Runs kubectl in the instance's namespace.
 pub fn kubectl(args: &[&str], input: Option<&str>) -> anyhow::Result<Output> {
-    let mut command = Command::new(env("KALAMDB_KUBECTL")?);
+    // Never the cluster of somebody's `~/.kube/config`.
+    env("KUBECONFIG")?;
+    let mut command = Command::new("kubectl");
     command
         .args(["--namespace", NAMESPACE])
         .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child = command.spawn()?;
+    let mut child = command.spawn().context("kubectl")?;
     let mut stdin = child.stdin.take().context("a pipe")?;
     stdin.write_all(input.unwrap_or_default().as_bytes())?;
     drop(stdin);
@@ -191,10 +193,9 @@ pub async fn bucket(prefix: &str) -> anyhow::Result<Vec<String>> {
     Ok(found.into_iter().map(|meta| meta.location.to_string()).collect())
 }
 
-/// Runs one of the cluster's own scripts.
+/// Runs one of the scripts in `e2e/cluster`.
 pub fn script(name: &str, args: &[&str]) -> anyhow::Result<()> {
-    let path = PathBuf::from(env("KALAMDB_CLUSTER_SCRIPTS")?).join(name);
-    let output = Command::new(path).args(args).stdin(Stdio::null()).output()?;
+    let output = Command::new(root().join("e2e/cluster").join(name)).args(args).stdin(Stdio::null()).output()?;
     ensure!(output.status.success(), "{name} {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use serde_json::{Value, json};
 
-use crate::instance::{apply, bucket, condition, get, kubectl, kubectl_ok, root, until, with_messages};
+use crate::instance::{apply, bucket, condition, get, kubectl_ok, root, until, with_messages};
 
 #[tokio::test]
 async fn a_table_that_is_applied_serves_each_user_his_own_rows_and_files() -> anyhow::Result<()> {
@@ -82,22 +82,6 @@ async fn a_mistake_is_a_condition_and_disturbs_nobody() -> anyhow::Result<()> {
         Ok(sql.run("alice", "SELECT * FROM app.broken", json!([])).await?.0 == 404)
     })
     .await
-}
-
-#[tokio::test]
-async fn what_is_in_use_cannot_be_deleted_and_names_who_uses_it() -> anyhow::Result<()> {
-    with_messages().await?;
-    until("usedBy is known", async || Ok(get("kalamstorage", "s3")?["status"]["usedBy"]["count"].as_i64() > Some(0)))
-        .await?;
-    for (kind, name) in [("kalamstorage", "s3"), ("kalamnamespace", "app")] {
-        until("the refusal", async || {
-            let output = kubectl(&["delete", kind, name, "--dry-run=server"], None)?;
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            Ok(!output.status.success() && said.contains("in use by") && said.contains("app.messages"))
-        })
-        .await?;
-    }
-    Ok(())
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use super::instance::InstanceError;
 use super::read::Batches;
 use super::ship::ShipError;
 use super::storages::StoragesError;
-use super::{EPOCH, Engine, RootKey, now_us};
+use super::{Disowned, EPOCH, Engine, RootKey, now_us};
 use crate::crash;
 
 /// How long whoever asks for a flush waits for an earlier one, and for the end.
@@ -88,12 +88,24 @@ pub enum FlushError {
         /// Why.
         source: Box<CreateError>,
     },
+    /// The data is another's now.
+    #[error(transparent)]
+    Disowned(Disowned),
     /// The commit.
     #[error("failed to commit the file")]
-    Ship(#[from] ShipError),
+    Ship(#[source] ShipError),
     /// A worker thread was lost.
     #[error("the flush was interrupted")]
     Interrupted(#[from] tokio::task::JoinError),
+}
+
+impl From<ShipError> for FlushError {
+    fn from(error: ShipError) -> Self {
+        match error {
+            ShipError::Disowned(reason) => Self::Disowned(reason),
+            error @ (ShipError::Stopping | ShipError::Refused(_)) => Self::Ship(error),
+        }
+    }
 }
 
 impl Engine {
@@ -111,7 +123,7 @@ impl Engine {
         self.open_stream(&RootKey::of(&self.table(id)?.location)).await?;
         // A generation that an earlier attempt froze comes first, then the rows of now.
         let last = self.buffer.counters(id)?.active;
-        while let Some(generation) = self.buffer.freeze(id.clone()).await? {
+        while let Some(generation) = self.freeze(id).await? {
             crash::point("flush.frozen");
             // Taken after the freeze: a column that was added while we waited is in the frozen rows already.
             flushed.rows += self.flush_generation(&self.table(id)?, id, generation).await?;
@@ -120,6 +132,10 @@ impl Engine {
             }
         }
         Ok(flushed)
+    }
+
+    async fn freeze(&self, id: &InstanceId) -> Result<Option<Generation>, CommitError> {
+        self.buffer.freeze(id.clone()).await.inspect_err(|error| self.note_failure(error))
     }
 
     fn table(&self, id: &InstanceId) -> Result<Arc<TableEntry>, FlushError> {

@@ -5,7 +5,8 @@
 //! object names and file formats (`table_store`).
 //!
 //! After a crash: rows are in the buffer until their file is committed *and* published here; a commit that was not
-//! published is found again in the commit stream before anything new is written to that storage.
+//! published is found again in the commit stream before anything new is written to that storage. Where the streams tell
+//! that another process went on from this data, it is not served at all ([`Disowned`]).
 
 mod flush;
 mod instance;
@@ -16,22 +17,23 @@ mod storages;
 mod write;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kalamdb_model::{InstanceId, Owner, TableEntry};
-use kalamdb_write_buffer::{Applied, Options, WriteBuffer};
+use kalamdb_model::{Catalog, InstanceId, Owner, TableEntry};
+use kalamdb_write_buffer::{Applied, CommitError, Options, WriteBuffer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
 pub use read::{ReadError, Rows};
-pub use storages::{RootKey, Secrets, Storages, StoragesError};
+pub use ship::Disowned;
+pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};
 pub use write::{NewRow, WriteError};
 
-use crate::catalog::CatalogHandle;
+use crate::catalog::{self, CatalogHandle, NotedCatalogError, ServeCatalogError};
 use crate::metrics::Metrics;
 
 /// Ownership epoch in file names. Rises with takeovers; one pod owns everything from the start.
@@ -63,6 +65,8 @@ pub struct Engine {
     metrics: Arc<Metrics>,
     /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
     broken: AtomicBool,
+    /// Set when the data is another's, for good.
+    disowned: OnceLock<Disowned>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -76,6 +80,9 @@ pub enum OpenError {
     /// The write buffer does not read.
     #[error("failed to read the write buffer")]
     Read(#[from] kalamdb_write_buffer::ReadError),
+    /// The catalog is not the one that the rows belong to.
+    #[error("the catalog does not fit the rows of the data folder")]
+    Catalog(#[from] NotedCatalogError),
 }
 
 /// Microseconds since 1970.
@@ -115,9 +122,11 @@ impl Engine {
             limits,
             metrics,
             broken: AtomicBool::new(false),
+            disowned: OnceLock::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
+        engine.check_catalog()?;
         engine.pick_up_where_we_stopped()?;
         engine.spawn(schedule::run(Arc::clone(&engine)));
         Ok(engine)
@@ -161,28 +170,31 @@ impl Engine {
         self.buffer.state_put("owner", b"1")
     }
 
-    /// Takes note that a catalog of this version is about to be served.
+    /// Saves `next`, takes note of it beside the rows, then serves it.
     ///
     /// # Errors
-    /// If the write buffer does not write.
-    pub fn note_catalog(&self, version: u64) -> Result<(), kalamdb_write_buffer::ReadError> {
-        self.buffer.state_put("catalog", version.to_string().as_bytes())
+    /// If it cannot be saved or noted; the one before is then served on, because ids that a restart would not know must
+    /// not be used.
+    pub fn serve_catalog(&self, next: Catalog) -> Result<(), ServeCatalogError> {
+        self.catalog.save(&next)?;
+        // Noted last: a note of what is not saved would keep the data folder from starting.
+        self.buffer.state_put("catalog", catalog::note_of(&next).as_bytes())?;
+        self.catalog.serve(next);
+        Ok(())
     }
 
-    /// The newest catalog version that was noted; 0 = none.
-    ///
-    /// # Errors
-    /// If the write buffer does not read.
-    pub fn noted_catalog(&self) -> Result<u64, kalamdb_write_buffer::ReadError> {
-        let noted = self.buffer.state_get("catalog")?;
-        Ok(noted.and_then(|text| String::from_utf8(text).ok()?.parse().ok()).unwrap_or(0))
+    /// Makes sure that the saved catalog is the one that was served last, or a later one that was not served yet, and
+    /// takes note of it: rows carry the ids of their tables, and by those of another catalog one table's rows would be
+    /// read as another's.
+    fn check_catalog(&self) -> Result<(), NotedCatalogError> {
+        let noted = self.buffer.state_get("catalog")?.map(|text| String::from_utf8_lossy(&text).into_owned());
+        self.catalog.check_noted(noted.as_deref(), self.has_rows()?)?;
+        let note = catalog::note_of(&self.catalog.current().catalog);
+        Ok(self.buffer.state_put("catalog", note.as_bytes())?)
     }
 
     /// Whether rows were ever written or flushed here: then the ids of tables mean something, and must not be given anew.
-    ///
-    /// # Errors
-    /// If the write buffer does not read.
-    pub fn has_rows(&self) -> Result<bool, kalamdb_write_buffer::ReadError> {
+    fn has_rows(&self) -> Result<bool, kalamdb_write_buffer::ReadError> {
         Ok(!self.buffer.dirty().is_empty() || !self.buffer.state_scan("stream/")?.is_empty())
     }
 
@@ -204,16 +216,36 @@ impl Engine {
         &self.storages
     }
 
-    /// Whether another process has fenced this one: nothing may be acknowledged any more.
+    /// Why this process may not serve its data any more: nothing is read, acknowledged or flushed then.
     #[must_use]
-    pub fn is_fenced(&self) -> bool {
-        self.shippers.is_fenced()
+    pub fn disowned(&self) -> Option<&Disowned> {
+        self.disowned.get()
+    }
+
+    /// Ends the service of the data for good. The first reason stays.
+    fn disown(&self, reason: Disowned) -> Disowned {
+        let first = || {
+            tracing::error!(error = %reason, "this pod may not serve its data");
+            self.metrics.disowned.set(1);
+            reason
+        };
+        self.disowned.get_or_init(first).clone()
+    }
+
+    fn check_owned(&self) -> Result<(), Disowned> {
+        self.disowned().map_or(Ok(()), |reason| Err(reason.clone()))
     }
 
     /// Whether the disk has failed a write. Reads go on; the process has to be started again for writes.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
+    }
+
+    fn note_failure(&self, error: &CommitError) {
+        if matches!(error, CommitError::Write { .. }) {
+            self.broken.store(true, Ordering::Release);
+        }
     }
 
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {

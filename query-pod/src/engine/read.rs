@@ -10,7 +10,7 @@ use kalamdb_write_buffer::{BatchBuilder, RowError};
 
 use super::instance::{InstanceError, View};
 use super::storages::StoragesError;
-use super::{Engine, RootKey};
+use super::{Disowned, Engine, RootKey};
 
 /// One consistent state of one instance.
 pub struct Rows {
@@ -25,6 +25,9 @@ pub struct Rows {
 /// An instance cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
+    /// The data is another's now, who may have acknowledged rows that are not here.
+    #[error(transparent)]
+    Disowned(#[from] Disowned),
     /// Its state.
     #[error("failed to load the instance")]
     Instance(#[from] InstanceError),
@@ -104,6 +107,7 @@ impl Engine {
         projection: &[usize],
         limit: Option<usize>,
     ) -> Result<Rows, ReadError> {
+        self.check_owned()?;
         let id = Self::instance_id(table, owner);
         let instance = self.instances.get(&id)?;
         let mut batches = Batches::new(table, projection, usize::MAX);

@@ -113,7 +113,7 @@ impl Schedule {
     }
 }
 
-/// Starts due flushes until the engine stops.
+/// Starts due flushes until the engine stops, or its data is another's.
 pub(super) async fn run(engine: Arc<Engine>) {
     let mut slots: HashMap<RootKey, Arc<Semaphore>> = HashMap::new();
     loop {
@@ -121,6 +121,9 @@ pub(super) async fn run(engine: Arc<Engine>) {
             () = engine.stop.cancelled() => return,
             () = engine.schedule.wake.notified() => {}
             () = tokio::time::sleep(TICK) => {}
+        }
+        if engine.disowned().is_some() {
+            return;
         }
         for id in engine.schedule.take_due(&engine) {
             let Some(table) = engine.catalog.current().table_by_id(id.table).cloned() else { continue };

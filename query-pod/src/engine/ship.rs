@@ -4,37 +4,79 @@
 //! Before the first commit of a process to a storage, every former incarnation that this data folder knows is fenced
 //! there, and what it had committed but not published is published now. Until then rows stay in the buffer, and reads
 //! are right. One storage that does not answer holds up only its own flushes.
+//!
+//! The streams also tell when the data folder is an older copy of what once ran: a former stream was ended by a process
+//! that the folder does not know, or has commits that the folder cannot have made. Publishing these would drop buffered
+//! rows that are in no file, and without them answers are too short; so the pod gives up ([`Disowned`]). It looks before
+//! it fences: a copy that was started by mistake must not lock the newest one out.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kalamdb_model::StorageName;
 use kalamdb_table_store::manifest::{self, Edit};
-use kalamdb_table_store::stream::{self, StreamError, StreamWriter};
-use kalamdb_write_buffer::WriteBuffer;
+use kalamdb_table_store::stream::{self, Look, StreamError, StreamWriter};
+use kalamdb_write_buffer::row::Header;
+use kalamdb_write_buffer::{ReadError, RowError, WriteBuffer};
 use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use super::instance::{InstanceError, View};
-use super::storages::StoragesError;
+use super::storages::{StoragesError, Use};
 use super::{Engine, RootKey};
 use crate::crash;
 use crate::error::Chain;
 
-/// A commit that did not happen, or whose happening is not known here.
-#[derive(Debug, thiserror::Error)]
-pub enum ShipError {
+/// Why a process may not serve its data folder any more. Starting it again does not help.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Disowned {
     /// Another process has fenced this one.
-    #[error("another process has taken over")]
+    #[error("another process has taken over the data of this one, which must not serve it again")]
     Fenced,
+    /// A storage holds commits that came after this state of the data folder.
+    #[error(
+        "the data folder is an older copy: in storage `{root}`, {found}; nothing is read, written or flushed here; stop \
+         this pod, and bring back the newest copy of the folder"
+    )]
+    OlderCopy {
+        /// Where it was found out.
+        root: RootKey,
+        /// By what.
+        found: String,
+    },
+}
+
+/// A commit that did not happen, or whose happening is not known here.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ShipError {
+    /// The data is another's now.
+    #[error(transparent)]
+    Disowned(#[from] Disowned),
     /// The process stops.
     #[error("the process is stopping")]
     Stopping,
     /// The edit cannot be committed at all.
     #[error("the commit was refused")]
     Refused(#[source] Arc<StreamError>),
+}
+
+/// Why a committed edit cannot be made visible.
+#[derive(Debug, thiserror::Error)]
+enum PublishError {
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    #[error("failed to read buffered rows")]
+    Buffer(#[from] ReadError),
+    #[error("a buffered row is damaged")]
+    Row(#[from] RowError),
+    /// Rows that are in no file would go with it.
+    #[error("{0}")]
+    Uncovered(String),
 }
 
 /// Most edits that wait for a round of one storage; flushes wait beyond it.
@@ -55,26 +97,65 @@ struct Request {
 pub(super) struct Shippers {
     buffer: WriteBuffer,
     incarnation: String,
-    fenced: AtomicBool,
     running: Mutex<HashMap<RootKey, mpsc::Sender<Request>>>,
 }
 
 impl Shippers {
     pub(super) fn new(buffer: WriteBuffer) -> Self {
         let incarnation = ulid::Ulid::generate().to_string().to_ascii_lowercase();
-        Self { buffer, incarnation, fenced: AtomicBool::new(false), running: Mutex::default() }
-    }
-
-    pub(super) fn is_fenced(&self) -> bool {
-        self.fenced.load(Ordering::Acquire)
+        Self { buffer, incarnation, running: Mutex::default() }
     }
 
     fn state_prefix(root: &RootKey) -> String {
         format!("stream/{root}/")
     }
+
+    /// The incarnations that this data folder knows in `root`, oldest first, each with the first number of its stream of
+    /// which not all may be published.
+    fn known(&self, root: &RootKey) -> Result<Vec<(String, u64)>, BeginError> {
+        let prefix = Self::state_prefix(root);
+        let stored = self.buffer.state_scan(&prefix)?.into_iter();
+        stored
+            .map(|(key, at)| Ok((key.trim_start_matches(&prefix).to_owned(), String::from_utf8(at)?.parse()?)))
+            .collect()
+    }
+
+    /// Every root that has a stream of ours.
+    fn roots(&self) -> Result<BTreeSet<RootKey>, ReadError> {
+        let root = |key: &str| {
+            let (storage, number) = key.strip_prefix("stream/")?.split_once('/')?.0.rsplit_once('.')?;
+            Some(RootKey { storage: StorageName::new(storage).ok()?, root: number.parse().ok()? })
+        };
+        Ok(self.buffer.state_scan("stream/")?.iter().filter_map(|(key, _)| root(key)).collect())
+    }
 }
 
+type BeginError = Box<dyn std::error::Error + Send + Sync>;
+
 impl Engine {
+    /// Opens the streams of the storages that were written to before, so that an older copy of the data folder is found
+    /// out before it answers. What takes longer than `patience` goes on: a storage that is down holds up no start.
+    ///
+    /// # Errors
+    /// If the write buffer does not read.
+    pub async fn open_known_streams(self: &Arc<Self>, patience: Duration) -> Result<(), ReadError> {
+        let catalog = self.catalog.current();
+        let served = |root: &RootKey| {
+            catalog.catalog.storages.get(&root.storage).is_some_and(|entry| entry.roots.contains_key(&root.root))
+        };
+        let mut opening = JoinSet::new();
+        for root in self.shippers.roots()?.into_iter().filter(served) {
+            let engine = Arc::clone(self);
+            opening.spawn(async move { engine.open_stream(&root).await });
+        }
+        let all = async { while opening.join_next().await.is_some() {} };
+        if tokio::time::timeout(patience, all).await.is_err() {
+            tracing::warn!("a storage does not answer yet; serving the rows that are here, its files as it recovers");
+            opening.detach_all();
+        }
+        Ok(())
+    }
+
     /// Waits until former incarnations are fenced in `root` and what they had committed is published.
     pub(super) async fn open_stream(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
         self.request(root, None).await
@@ -86,6 +167,7 @@ impl Engine {
     }
 
     async fn request(self: &Arc<Self>, root: &RootKey, edit: Option<Edit>) -> Result<(), ShipError> {
+        self.check_owned()?;
         let (done, answer) = oneshot::channel();
         let queue = {
             let mut running = self.shippers.running.lock();
@@ -96,13 +178,16 @@ impl Engine {
             };
             running.entry(root.clone()).or_insert_with(start).clone()
         };
-        queue.send(Request { edit, done }).await.map_err(|_| ShipError::Stopping)?;
-        answer.await.map_err(|_| ShipError::Stopping)?
+        let ended = || self.check_owned().map_or_else(ShipError::from, |()| ShipError::Stopping);
+        queue.send(Request { edit, done }).await.map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
     }
 
     /// Makes a committed edit visible: the record on disk and the view in memory change under the instance's lock.
     /// Blocking; running it twice changes nothing.
-    fn publish(&self, edit: &Edit) -> Result<(), InstanceError> {
+    fn publish(&self, edit: &Edit) -> Result<(), PublishError> {
+        // Outside the lock: rows of a frozen generation do not change, and only the shipper publishes.
+        self.check_covered(edit)?;
         let instance = self.instances.get(&edit.instance)?;
         let mut view = instance.view.write();
         if view.flushed >= edit.generation {
@@ -114,14 +199,53 @@ impl Engine {
         Ok(())
     }
 
+    /// Checks that the files of `edit` hold every row that is given up for them: its generation is closed here, and none
+    /// of its rows is newer than the files. Blocking.
+    fn check_covered(&self, edit: &Edit) -> Result<(), PublishError> {
+        let (generation, table) = (edit.generation, edit.instance.table.0);
+        let flushed = self.instances.get(&edit.instance)?.view.read().flushed;
+        if flushed >= generation {
+            return Ok(());
+        }
+        let active = self.buffer.counters(&edit.instance)?.active;
+        if generation >= active {
+            let found = format!("generation {} of table {table} is committed, and takes rows here", generation.0);
+            return Err(PublishError::Uncovered(found));
+        }
+        let (mut newest, mut damaged) = (i64::MIN, None);
+        self.buffer.scan(&edit.instance, flushed, &mut |of, _, row| match Header::parse(row) {
+            _ if of > generation => ControlFlow::Break(()),
+            Ok(header) => {
+                newest = newest.max(header.seq);
+                ControlFlow::Continue(())
+            }
+            Err(error) => {
+                damaged = Some(error);
+                ControlFlow::Break(())
+            }
+        })?;
+        if let Some(error) = damaged {
+            return Err(error.into());
+        }
+        if newest > edit.last_seq {
+            let found = format!(
+                "generation {} of table {table} is committed up to `_seq` {}, and has rows up to {newest} here",
+                generation.0, edit.last_seq
+            );
+            return Err(PublishError::Uncovered(found));
+        }
+        Ok(())
+    }
+
     /// Publishes until it works: a committed edit that was given up here would be written a second time.
-    async fn publish_all(self: &Arc<Self>, edits: Vec<Edit>) -> Result<(), ShipError> {
+    async fn publish_all(self: &Arc<Self>, root: &RootKey, edits: Vec<Edit>) -> Result<(), ShipError> {
         for edit in edits {
             let mut backoff = Backoff::default();
             loop {
                 let (engine, again) = (Arc::clone(self), edit.clone());
                 match tokio::task::spawn_blocking(move || engine.publish(&again)).await {
                     Ok(Ok(())) => break,
+                    Ok(Err(PublishError::Uncovered(found))) => return Err(self.older_copy(root, found).into()),
                     Ok(Err(error)) => {
                         tracing::error!(error = %Chain(&error), "cannot publish a committed flush");
                         self.broken.store(true, Ordering::Release);
@@ -132,6 +256,10 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    fn older_copy(&self, root: &RootKey, found: String) -> Disowned {
+        self.disown(Disowned::OlderCopy { root: root.clone(), found })
     }
 
     async fn pause(&self, backoff: &mut Backoff) -> Result<(), ShipError> {
@@ -169,14 +297,8 @@ async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Reque
         let edits: Vec<Edit> = round.iter().filter_map(|request| request.edit.clone()).collect();
         let outcome = if edits.is_empty() { Ok(()) } else { commit(&engine, &root, &mut stream, edits).await };
         for request in round {
-            let answer = match &outcome {
-                Ok(()) => Ok(()),
-                Err(ShipError::Fenced) => Err(ShipError::Fenced),
-                Err(ShipError::Stopping) => Err(ShipError::Stopping),
-                Err(ShipError::Refused(source)) => Err(ShipError::Refused(Arc::clone(source))),
-            };
             // The flush may have been given up; its edit is published all the same.
-            let _ = request.done.send(answer);
+            let _ = request.done.send(outcome.clone());
         }
         if matches!(outcome, Err(ShipError::Stopping)) {
             return;
@@ -188,7 +310,9 @@ async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Reque
 async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, ShipError> {
     let mut backoff = Backoff::default();
     loop {
-        match begin(engine, root).await {
+        let begun = begin(engine, root).await;
+        engine.check_owned()?;
+        match begun {
             Ok(writer) => return Ok(writer),
             Err(error) => {
                 tracing::warn!(storage = %root, error = %Chain(error.as_ref()), "cannot begin the commit stream yet");
@@ -198,25 +322,72 @@ async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Ship
     }
 }
 
-async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Box<dyn std::error::Error + Send + Sync>> {
-    let store = engine.open_store(root)?;
+async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, BeginError> {
     let shippers = &engine.shippers;
-    let prefix = Shippers::state_prefix(root);
-    for (key, position) in shippers.buffer.state_scan(&prefix)? {
-        let former = key.trim_start_matches(&prefix);
-        if former == shippers.incarnation {
-            continue;
-        }
-        let from: u64 = String::from_utf8(position)?.parse()?;
-        let replay = stream::fence(store.as_ref(), former, from, &shippers.incarnation).await?;
-        let edits: Vec<Edit> = replay.edits.into_iter().map(|(_, edit)| edit).collect();
-        tracing::info!(storage = %root, rows = edits.len(), "ended the commit stream of a former process");
-        engine.publish_all(edits).await?;
-        shippers.buffer.state_delete(&key)?;
+    let known = shippers.known(root)?;
+    let usage = if known.is_empty() { Use::First } else { Use::Again };
+    let store = engine.storages.open(&engine.catalog.current(), root, usage)?;
+    let former: Vec<_> = known.iter().filter(|(incarnation, _)| *incarnation != shippers.incarnation).collect();
+    for (incarnation, from) in &former {
+        let Look { edits, fenced_by } = look(engine, root, store.as_ref(), incarnation, *from).await?;
+        check_end(engine, root, &known, incarnation, fenced_by.as_deref())?;
+        check_all(engine, root, edits).await?;
     }
-    // On disk before the first object: the next process must know that this stream may exist.
-    shippers.buffer.state_put(&format!("{prefix}{}", shippers.incarnation), b"1")?;
+    // On disk before our first object, a fence included: the next process must know us by both.
+    let key = |incarnation: &str| format!("{}{incarnation}", Shippers::state_prefix(root));
+    shippers.buffer.state_put(&key(&shippers.incarnation), b"1")?;
+    for (incarnation, from) in &former {
+        let replay = stream::fence(store.as_ref(), incarnation, *from, &shippers.incarnation).await?;
+        check_end(engine, root, &known, incarnation, Some(&replay.fenced_by))?;
+        let edits: Vec<Edit> = replay.edits.into_iter().map(|(_, edit)| edit).collect();
+        tracing::info!(storage = %root, edits = edits.len(), "ended the commit stream of a former process");
+        engine.publish_all(root, edits).await?;
+    }
+    // All at the end, oldest first: whoever ended a stream is known as long as that stream is.
+    for (incarnation, _) in &former {
+        shippers.buffer.state_delete(&key(incarnation))?;
+    }
     Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))
+}
+
+async fn look(
+    engine: &Engine,
+    root: &RootKey,
+    store: &dyn ObjectStore,
+    incarnation: &str,
+    from: u64,
+) -> Result<Look, BeginError> {
+    match stream::look(store, incarnation, from).await {
+        // Each commit notes its number here, so no process leaves its successor more than one round.
+        Err(error @ StreamError::TooMany { .. }) => Err(engine.older_copy(root, error.to_string()).into()),
+        other => Ok(other?),
+    }
+}
+
+/// Whoever ended a stream noted itself in its data folder before: a stranger did not run on this one.
+fn check_end(
+    engine: &Engine,
+    root: &RootKey,
+    known: &[(String, u64)],
+    incarnation: &str,
+    fenced_by: Option<&str>,
+) -> Result<(), Disowned> {
+    let Some(by) = fenced_by else { return Ok(()) };
+    if by == engine.shippers.incarnation || known.iter().any(|(known, _)| known == by) {
+        return Ok(());
+    }
+    let found = format!("the stream of process `{incarnation}` was ended by `{by}`, which never ran on this folder");
+    Err(engine.older_copy(root, found))
+}
+
+/// Checks all `edits` before anything is changed for one.
+async fn check_all(engine: &Arc<Engine>, root: &RootKey, edits: Vec<Edit>) -> Result<(), BeginError> {
+    let checking = Arc::clone(engine);
+    let checked = tokio::task::spawn_blocking(move || edits.iter().try_for_each(|edit| checking.check_covered(edit)));
+    match checked.await? {
+        Err(PublishError::Uncovered(found)) => Err(engine.older_copy(root, found).into()),
+        other => Ok(other?),
+    }
 }
 
 async fn commit(
@@ -230,9 +401,8 @@ async fn commit(
         match stream.append(edits.clone()).await {
             Ok(_) => break,
             Err(error @ (StreamError::Fenced { .. } | StreamError::Foreign { .. })) => {
-                tracing::error!(storage = %root, error = %Chain(&error), "this process no longer owns its data");
-                engine.shippers.fenced.store(true, Ordering::Release);
-                return Err(ShipError::Fenced);
+                tracing::error!(storage = %root, error = %Chain(&error), "the commit stream was ended");
+                return Err(engine.disown(Disowned::Fenced).into());
             }
             Err(error @ (StreamError::TooLarge { .. } | StreamError::Encode(_))) => {
                 return Err(ShipError::Refused(Arc::new(error)));
@@ -245,7 +415,7 @@ async fn commit(
         }
     }
     crash::point("flush.committed");
-    engine.publish_all(edits).await?;
+    engine.publish_all(root, edits).await?;
     // Everything before the next object is published here, so a later start need not look at it.
     let key = format!("{}{}", Shippers::state_prefix(root), engine.shippers.incarnation);
     if let Err(error) = engine.shippers.buffer.state_put(&key, stream.next_seq().to_string().as_bytes()) {

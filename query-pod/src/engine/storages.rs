@@ -79,8 +79,18 @@ pub enum StoragesError {
 #[derive(Clone)]
 pub struct Storages(Arc<Inner>);
 
+/// Whether a root was used before. If so, a folder that is not there is never made anew: its disk may not be mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Nothing of ours is there.
+    First,
+    /// Streams and perhaps files of ours are there.
+    Again,
+}
+
 /// Makes the store of a root. Tests put failing ones in its place.
-pub type Open = dyn Fn(&StorageRoot, Option<&Credentials>) -> Result<Arc<dyn ObjectStore>, StoreError> + Send + Sync;
+pub type Open =
+    dyn Fn(&StorageRoot, Option<&Credentials>, Use) -> Result<Arc<dyn ObjectStore>, StoreError> + Send + Sync;
 
 struct Inner {
     open: Box<Open>,
@@ -98,7 +108,11 @@ impl Storages {
     /// Relative paths of file storages lie below `data_dir`.
     #[must_use]
     pub fn new(data_dir: PathBuf, secrets: Secrets) -> Self {
-        Self::opened_by(Box::new(move |root, credentials| store::open(root, credentials, &data_dir)), secrets)
+        let open = move |root: &StorageRoot, credentials: Option<&Credentials>, usage| match usage {
+            Use::First => store::open_first(root, credentials, &data_dir),
+            Use::Again => store::open(root, credentials, &data_dir),
+        };
+        Self::opened_by(Box::new(open), secrets)
     }
 
     /// Stores that `open` makes.
@@ -107,11 +121,21 @@ impl Storages {
         Self(Arc::new(Inner { open, secrets, opened: Mutex::default() }))
     }
 
-    /// The store of `key` as `snapshot` and the secrets describe it now.
+    /// The store of `key` as `snapshot` and the secrets describe it now. It was used before.
     ///
     /// # Errors
     /// See [`StoragesError`].
     pub fn store(&self, snapshot: &Snapshot, key: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
+        self.open(snapshot, key, Use::Again)
+    }
+
+    /// The store of `key`; what `usage` says counts when it is not open yet.
+    pub(super) fn open(
+        &self,
+        snapshot: &Snapshot,
+        key: &RootKey,
+        usage: Use,
+    ) -> Result<Arc<dyn ObjectStore>, StoragesError> {
         let unknown = || StoragesError::Unknown(key.clone());
         let entry = snapshot.catalog.storages.get(&key.storage).ok_or_else(unknown)?;
         let root = entry.roots.get(&key.root).ok_or_else(unknown)?;
@@ -129,7 +153,8 @@ impl Storages {
         {
             return Ok(Arc::clone(&known.store));
         }
-        let store = (self.0.open)(root, credentials.as_ref()).map_err(|error: StoreError| StoragesError::Open {
+        let opening = (self.0.open)(root, credentials.as_ref(), usage);
+        let store = opening.map_err(|error: StoreError| StoragesError::Open {
             storage: key.storage.clone(),
             message: error.to_string(),
         })?;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use kalamdb_model::declared::Durability;
 use kalamdb_model::{Owner, TableEntry};
 use kalamdb_table_store::parquet_read;
 use kalamdb_write_buffer::{CommitError, EncodedRow};
@@ -11,7 +12,7 @@ use kalamdb_write_buffer::{CommitError, EncodedRow};
 use super::instance::{Instance, InstanceError};
 use super::read::ReadError;
 use super::storages::StoragesError;
-use super::{Engine, RootKey};
+use super::{Disowned, Engine, RootKey};
 
 /// A row on its way in.
 pub struct NewRow {
@@ -35,9 +36,12 @@ pub enum WriteError {
         /// The limit.
         limit: u64,
     },
-    /// Another process owns the data now.
-    #[error("this pod no longer owns the data")]
-    Fenced,
+    /// The data is another's now.
+    #[error(transparent)]
+    Disowned(#[from] Disowned),
+    /// The table promises more than is kept here. The catalog may come from a newer operator.
+    #[error("durability `objectStore` is not available in this version")]
+    Durability,
     /// The buffer refused or failed.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -76,8 +80,10 @@ impl Engine {
     /// # Errors
     /// See [`WriteError`].
     pub async fn insert(&self, table: &Arc<TableEntry>, owner: &Owner, rows: Vec<NewRow>) -> Result<u64, WriteError> {
-        if self.is_fenced() {
-            return Err(WriteError::Fenced);
+        self.check_owned()?;
+        match table.durability {
+            Durability::Local => {}
+            Durability::ObjectStore => return Err(WriteError::Durability),
         }
         let id = Self::instance_id(table, owner);
         let instance = self.instances.get(&id)?;
@@ -95,11 +101,7 @@ impl Engine {
         }
         self.refuse_existing(table, &instance, &rows).await?;
         let rows = rows.into_iter().map(|row| row.encoded).collect();
-        self.buffer.commit(id, rows).await.inspect_err(|error| {
-            if matches!(error, CommitError::Write { .. }) {
-                self.broken.store(true, Ordering::Release);
-            }
-        })?;
+        self.buffer.commit(id, rows).await.inspect_err(|error| self.note_failure(error))?;
         self.metrics.rows_written.inc_by(count);
         Ok(count)
     }

@@ -9,39 +9,56 @@ use arrow::datatypes::{
     DataType, Date32Type, Decimal128Type, Field, Float32Type, Float64Type, Int16Type, Int32Type, Int64Type, Schema,
     Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
 };
+use arrow::json::writer::LineDelimited;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use base64::Engine as _;
+use bytes::Bytes;
 use kalamdb_model::ColumnType;
 
+use super::body::{self, Room};
 use crate::error::{ApiError, Kind};
 
-/// One entry of `results`, already JSON.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer(String);
+/// What every answer of a statement that succeeded begins with.
+const BEGIN: &str = r#"{"status":"success","results":["#;
+
+/// Size from which on rows are a piece of their own, counted until it is sent. Smaller answers are not counted, and so
+/// never refused for want of room: 1,024 requests hold 64 MiB of them.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// The envelope of a statement that succeeded, without its end, which says how long it took.
+pub struct Answer {
+    pieces: Vec<Bytes>,
+    open: String,
+}
 
 impl Answer {
     /// The answer of a statement that returns no rows.
     #[must_use]
     pub fn affected(rows: u64, message: String) -> Self {
-        Self(format!(
-            r#"{{"schema":[],"rows":[],"row_count":{rows},"message":{}}}"#,
-            serde_json::Value::String(message)
-        ))
+        let message = serde_json::Value::String(message);
+        let open = format!(r#"{BEGIN}{{"schema":[],"rows":[],"row_count":{rows},"message":{message}}}"#);
+        Self { pieces: Vec::new(), open }
     }
 
-    /// The JSON.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
+    /// The whole envelope; the last of its pieces keeps `held`.
+    pub(super) fn into_pieces<T: Send + 'static>(mut self, took_ms: f64, held: T) -> Vec<Bytes> {
+        self.open.push_str(&format!(r#"],"took":{took_ms:?},"error":null}}"#));
+        self.pieces.push(body::piece(self.open, held));
+        self.pieces
     }
 }
 
 /// Writes batches as `rows`.
 pub struct Encoder {
-    schema: String,
     columns: Vec<Output>,
-    rows: String,
-    count: u64,
+    room: Room,
+    pieces: Vec<Bytes>,
+    /// What is no piece yet.
+    open: String,
+    /// Bytes of rows so far, and those of them that are in pieces.
+    rows_bytes: usize,
+    counted_bytes: usize,
+    rows: u64,
     bytes_max: usize,
 }
 
@@ -63,11 +80,9 @@ enum Cast {
 }
 
 impl Encoder {
-    /// An encoder for batches of `schema` that refuses more than `bytes_max` bytes of rows.
-    ///
-    /// # Errors
-    /// If a type has no form in JSON.
-    pub fn new(schema: &Schema, bytes_max: usize) -> Result<Self, ApiError> {
+    /// An encoder for batches of `schema` that refuses more than `bytes_max` bytes of rows, and keeps them in `room`.
+    #[must_use]
+    pub fn new(schema: &Schema, bytes_max: usize, room: Room) -> Self {
         let columns: Vec<Output> = schema.fields().iter().map(|field| Output::of(field)).collect();
         let described: Vec<serde_json::Value> = schema
             .fields()
@@ -78,15 +93,15 @@ impl Encoder {
                 serde_json::json!({"name": field.name(), "data_type": output.ty.answer_name(), "index": index})
             })
             .collect();
-        let schema = serde_json::Value::Array(described).to_string();
-        Ok(Self { schema, columns, rows: String::new(), count: 0, bytes_max })
+        let open = format!(r#"{BEGIN}{{"schema":{},"rows":["#, serde_json::Value::Array(described));
+        Self { columns, room, pieces: Vec::new(), open, rows_bytes: 0, counted_bytes: 0, rows: 0, bytes_max }
     }
 
     /// Adds the rows of `batch`.
     ///
     /// # Errors
-    /// 413 when the answer grows over its limit: an answer is complete or an error.
-    pub fn push(&mut self, batch: &RecordBatch) -> Result<(), ApiError> {
+    /// 413 when the answer grows over its limit, 429 when there is no room: an answer is complete or an error.
+    pub async fn push(&mut self, batch: &RecordBatch) -> Result<(), ApiError> {
         let columns: Vec<ArrayRef> = self
             .columns
             .iter()
@@ -94,30 +109,42 @@ impl Encoder {
             .map(|(output, array)| output.convert(array))
             .collect::<Result<_, _>>()?;
         for row in 0..batch.num_rows() {
-            self.rows.push_str(if self.count == 0 { "[" } else { ",[" });
+            let before = self.open.len();
+            self.open.push_str(if self.rows == 0 { "[" } else { ",[" });
             for (index, (array, output)) in columns.iter().zip(&self.columns).enumerate() {
                 if index > 0 {
-                    self.rows.push(',');
+                    self.open.push(',');
                 }
-                write_value(&mut self.rows, array, row, &output.ty);
+                write_value(&mut self.open, array, row, &output.ty);
             }
-            self.rows.push(']');
-            self.count += 1;
-            if self.rows.len() > self.bytes_max {
+            self.open.push(']');
+            self.rows += 1;
+            self.rows_bytes += self.open.len() - before;
+            if self.rows_bytes > self.bytes_max {
                 let message = format!("the answer is larger than {} bytes; select less, or use LIMIT", self.bytes_max);
                 return Err(ApiError::new(Kind::TooLarge, "ANSWER_TOO_LARGE", message));
+            }
+            if self.open.len() >= PIECE_BYTES {
+                self.close_piece().await?;
             }
         }
         Ok(())
     }
 
+    async fn close_piece(&mut self) -> Result<(), ApiError> {
+        let share = self.room.take(self.rows_bytes - self.counted_bytes).await?;
+        self.counted_bytes = self.rows_bytes;
+        let mut text = std::mem::take(&mut self.open);
+        text.shrink_to_fit();
+        self.pieces.push(body::piece(text, share));
+        Ok(())
+    }
+
     /// The answer.
     #[must_use]
-    pub fn finish(self) -> Answer {
-        Answer(format!(
-            r#"{{"schema":{},"rows":[{}],"row_count":{},"message":null}}"#,
-            self.schema, self.rows, self.count
-        ))
+    pub fn finish(mut self) -> Answer {
+        self.open.push_str(&format!(r#"],"row_count":{},"message":null}}"#, self.rows));
+        Answer { pieces: self.pieces, open: self.open }
     }
 }
 
@@ -168,8 +195,8 @@ fn nearest(ty: &DataType) -> Option<DataType> {
         DataType::BinaryView | DataType::LargeBinary | DataType::FixedSizeBinary(_) => DataType::Binary,
         DataType::Int8 | DataType::UInt8 => DataType::Int16,
         DataType::UInt16 => DataType::Int32,
-        DataType::UInt32 => DataType::Int64,
-        DataType::UInt64 => DataType::Decimal128(20, 0),
+        // Counts, mostly; one over 2^63 - 1 is an error.
+        DataType::UInt32 | DataType::UInt64 => DataType::Int64,
         DataType::Float16 => DataType::Float32,
         DataType::Decimal32(precision, scale) | DataType::Decimal64(precision, scale) if *scale >= 0 => {
             DataType::Decimal128(*precision, *scale)
@@ -204,7 +231,8 @@ fn check_digits(array: &ArrayRef) -> Result<(), arrow::error::ArrowError> {
 fn json_texts(array: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
     let field = Field::new("v", array.data_type().clone(), true);
     let batch = RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![Arc::clone(array)])?;
-    let mut writer = arrow::json::LineDelimitedWriter::new(Vec::new());
+    // A member that is NULL is a member.
+    let mut writer = arrow::json::WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
     writer.write(&batch)?;
     writer.finish()?;
     let lines = String::from_utf8_lossy(&writer.into_inner()).into_owned();
@@ -294,47 +322,90 @@ fn write_json(out: &mut String, text: &str) -> std::fmt::Result {
 mod tests {
     use arrow::array::{Decimal128Array, Float64Array, Int64Array, StringArray, UInt64Array};
 
-    use super::*;
+    use kalamdb_model::UserId;
 
-    fn encode(field: Field, array: ArrayRef) -> serde_json::Value {
-        let schema = Arc::new(Schema::new(vec![field]));
-        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![array]).expect("batch");
-        let mut encoder = Encoder::new(&schema, 1 << 20).expect("encoder");
-        encoder.push(&batch).expect("small");
-        serde_json::from_str(encoder.finish().as_str()).expect("json")
+    use super::*;
+    use crate::shares::Shares;
+
+    fn encoder(schema: &Schema, bytes_max: usize, room: &Arc<Shares>) -> Encoder {
+        Encoder::new(schema, bytes_max, Room::new(Arc::clone(room), UserId::new("a").expect("valid")))
     }
 
-    #[test]
-    fn the_json_type_depends_on_the_column_type_alone() {
-        let big = encode(Field::new("n", DataType::Int64, true), Arc::new(Int64Array::from(vec![Some(1), None])));
+    async fn encode(field: Field, array: ArrayRef) -> serde_json::Value {
+        let schema = Arc::new(Schema::new(vec![field]));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![array]).expect("batch");
+        let mut encoder = encoder(&schema, 1 << 20, &Arc::new(Shares::halves(0)));
+        encoder.push(&batch).await.expect("small");
+        json(&encoder.finish().into_pieces(1.5, ()))["results"][0].clone()
+    }
+
+    fn json(pieces: &[Bytes]) -> serde_json::Value {
+        serde_json::from_slice(&pieces.concat()).expect("json")
+    }
+
+    #[tokio::test]
+    async fn the_json_type_depends_on_the_column_type_alone() {
+        let big = encode(Field::new("n", DataType::Int64, true), Arc::new(Int64Array::from(vec![Some(1), None]))).await;
         assert_eq!(big["schema"][0]["data_type"], "BigInt");
         assert_eq!(big["rows"], serde_json::json!([["1"], [null]]));
-        let unsigned = encode(Field::new("n", DataType::UInt64, true), Arc::new(UInt64Array::from(vec![u64::MAX])));
-        assert_eq!(unsigned["rows"][0][0], "18446744073709551615");
+        let unsigned = encode(Field::new("n", DataType::UInt64, true), Arc::new(UInt64Array::from(vec![7]))).await;
+        assert_eq!((&unsigned["schema"][0]["data_type"], &unsigned["rows"][0][0]), (&"BigInt".into(), &"7".into()));
         let float = Float64Array::from(vec![f64::NAN, f64::NEG_INFINITY, 1.0, 0.1, 1e300]);
-        let float = encode(Field::new("n", DataType::Float64, true), Arc::new(float));
+        let float = encode(Field::new("n", DataType::Float64, true), Arc::new(float)).await;
         assert_eq!(float["rows"], serde_json::json!([["NaN"], ["-Infinity"], [1.0], [0.1], [1e300]]));
         let decimal = Decimal128Array::from(vec![-150]).with_precision_and_scale(18, 4).expect("scale");
-        let decimal = encode(Field::new("n", DataType::Decimal128(18, 4), true), Arc::new(decimal));
+        let decimal = encode(Field::new("n", DataType::Decimal128(18, 4), true), Arc::new(decimal)).await;
         assert_eq!(decimal["rows"][0][0], "-0.0150");
         assert_eq!(decimal["schema"][0]["data_type"], serde_json::json!({"Decimal": {"precision": 18, "scale": 4}}));
     }
 
-    #[test]
-    fn json_columns_are_json_and_text_is_text() {
+    #[tokio::test]
+    async fn json_columns_are_json_and_text_is_text() {
         let texts: ArrayRef = Arc::new(StringArray::from(vec!["{\"a\":1.10}"]));
-        let json = encode(ColumnType::Json.arrow_field("j", true), Arc::clone(&texts));
+        let json = encode(ColumnType::Json.arrow_field("j", true), Arc::clone(&texts)).await;
         assert_eq!(json["rows"][0][0]["a"], serde_json::json!(1.1));
-        let text = encode(Field::new("t", DataType::Utf8, true), texts);
+        let text = encode(Field::new("t", DataType::Utf8, true), texts).await;
         assert_eq!(text["rows"][0][0], "{\"a\":1.10}");
     }
 
-    #[test]
-    fn an_answer_over_its_limit_is_an_error() {
+    #[tokio::test]
+    async fn an_answer_over_its_limit_is_an_error() {
         let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)]));
         let batch =
             RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(Int64Array::from(vec![1; 100]))]).expect("batch");
-        let mut encoder = Encoder::new(&schema, 50).expect("encoder");
-        assert_eq!(encoder.push(&batch).expect_err("too large").code, "ANSWER_TOO_LARGE");
+        let mut encoder = encoder(&schema, 50, &Arc::new(Shares::halves(0)));
+        assert_eq!(encoder.push(&batch).await.expect_err("too large").code, "ANSWER_TOO_LARGE");
+    }
+
+    #[tokio::test]
+    async fn a_large_answer_is_counted_until_the_last_of_it_is_dropped() {
+        const ROWS: usize = 40_000;
+        let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)]));
+        let numbers = Int64Array::from(vec![1_000_000_000; ROWS]);
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(numbers)]).expect("batch");
+        let row = r#",["1000000000"]"#.len();
+        // Room for one of them, and for less than two.
+        let room = Arc::new(Shares::new(ROWS * row * 3 / 2, ROWS * row * 3 / 2));
+        let mut first = encoder(&schema, ROWS * row, &room);
+        first.push(&batch).await.expect("room for one");
+        let mut pieces = first.finish().into_pieces(1.5, ());
+        let whole = json(&pieces);
+        assert_eq!(whole["results"][0]["rows"].as_array().expect("rows").len(), ROWS);
+        assert_eq!((&whole["results"][0]["row_count"], &whole["took"]), (&ROWS.into(), &1.5.into()));
+        let small = || async {
+            let mut encoder = encoder(&schema, 1 << 20, &room);
+            encoder.push(&batch.slice(0, 1_000)).await.map(|()| encoder.finish())
+        };
+        let large = || async { encoder(&schema, ROWS * row, &room).push(&batch).await };
+        let refused = large().await.expect_err("no room for two");
+        assert_eq!((refused.kind, refused.code), (Kind::Busy, "ANSWERS_BUSY"));
+        assert!(refused.message.contains(&format!("{} bytes", ROWS * row * 3 / 2)), "{}", refused.message);
+        small().await.expect("small answers are not counted");
+        // Half of it is sent, and a part of a piece is still on its way.
+        let on_its_way = pieces[0].slice(10..20);
+        pieces.drain(..pieces.len() / 2 + 1);
+        large().await.expect("half of the room is free again");
+        drop((on_its_way, pieces));
+        large().await.expect("all of the room is free again");
     }
 }

@@ -1,6 +1,9 @@
 //! HTTP: `POST /v1/api/sql` with its envelope, and the endpoints that Kubernetes asks.
 
+mod body;
 pub mod encode;
+
+pub use body::Room;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,15 +13,16 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request as HttpRequest, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::auth::Tokens;
+use crate::auth::{Identity, Tokens};
 use crate::error::{ApiError, Kind};
 use crate::metrics::Metrics;
+use crate::shares::{Full, Share, Shares};
 use crate::sql::{Request, Sql};
 use encode::Answer;
 
@@ -32,8 +36,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// Largest request body, bytes.
     pub body_bytes_max: usize,
-    /// One permit per request under way.
-    pub requests: Semaphore,
+    /// One permit per request under way, until the last byte of its answer is sent.
+    pub requests: Shares,
     /// Whether a catalog was loaded and the pod is not stopping.
     pub ready: watch::Receiver<bool>,
 }
@@ -49,11 +53,15 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .fallback(|| async {
-            answer(Err(ApiError::new(Kind::NotFound, "NOT_FOUND", "no such path; SQL goes to POST /v1/api/sql")), None)
+            answer(
+                Err(ApiError::new(Kind::NotFound, "NOT_FOUND", "no such path; SQL goes to POST /v1/api/sql")),
+                Duration::ZERO,
+                None,
+            )
         })
         .method_not_allowed_fallback(|| async {
             let error = ApiError::new(Kind::NotFound, "METHOD_NOT_ALLOWED", "this path takes another method");
-            let mut response = answer(Err(error), None);
+            let mut response = answer(Err(error), Duration::ZERO, None);
             *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
             response
         })
@@ -102,24 +110,36 @@ impl<'de> Deserialize<'de> for Params {
 
 async fn sql(State(api): State<Arc<Api>>, request: HttpRequest) -> Response {
     let started = Instant::now();
-    let outcome = handle(&api, request).await;
+    let (outcome, place) = match admit(&api, request.headers()).await {
+        Ok((identity, place)) => (handle(&api, identity, request).await, Some(place)),
+        Err(error) => (Err(error), None),
+    };
     if let Err(error) = &outcome {
         api.metrics.failed(error.kind);
     }
     api.metrics.statement_seconds.observe(started.elapsed().as_secs_f64());
-    answer(outcome, Some(started.elapsed()))
+    answer(outcome, started.elapsed(), place)
 }
 
-async fn handle(api: &Arc<Api>, request: HttpRequest) -> Result<Answer, ApiError> {
-    let authorization = request.headers().get(header::AUTHORIZATION).map(HeaderValue::to_str);
+/// Who asks, and his place among the requests under way.
+async fn admit(api: &Api, headers: &HeaderMap) -> Result<(Identity, Share), ApiError> {
+    let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::to_str);
     let authorization = authorization.transpose().map_err(|_| {
         ApiError::new(Kind::Unauthenticated, "UNAUTHENTICATED", "the Authorization header is not plain text")
     })?;
     // Identity first: nothing of a request is read before it is known whose it is.
     let identity = api.tokens.identify(authorization)?;
-    let _permit = api.requests.try_acquire().map_err(|_| {
-        ApiError::new(Kind::Busy, "TOO_MANY_REQUESTS", "too many requests are under way on this pod; try again")
+    let place = api.requests.take(&identity.user, 1, Duration::ZERO).await.map_err(|full| {
+        let message = match full {
+            Full::User(most) => format!("at most {most} requests of one user are taken at once; try again"),
+            Full::All(most) => format!("{most} requests are under way on this pod already; try again"),
+        };
+        ApiError::new(Kind::Busy, "TOO_MANY_REQUESTS", message)
     })?;
+    Ok((identity, place))
+}
+
+async fn handle(api: &Arc<Api>, identity: Identity, request: HttpRequest) -> Result<Answer, ApiError> {
     let body = read_body(request.into_body(), api.body_bytes_max).await?;
     let statement: Statement = serde_json::from_slice(&body).map_err(|error| {
         ApiError::invalid(
@@ -160,21 +180,19 @@ async fn read_body(body: Body, limit: usize) -> Result<Bytes, ApiError> {
     }
 }
 
-/// The envelope.
-fn answer(outcome: Result<Answer, ApiError>, took: Option<Duration>) -> Response {
+/// The envelope. `place` is kept until the client has it.
+fn answer(outcome: Result<Answer, ApiError>, took: Duration, place: Option<Share>) -> Response {
     // Milliseconds, to the microsecond.
-    let took = took.map_or(0.0, |took| f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1_000.0);
-    let (status, body) = match &outcome {
-        Ok(answer) => (
-            StatusCode::OK,
-            format!(r#"{{"status":"success","results":[{}],"took":{took:?},"error":null}}"#, answer.as_str()),
-        ),
+    let took_ms = f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1_000.0;
+    let (status, pieces) = match outcome {
+        Ok(answer) => (StatusCode::OK, answer.into_pieces(took_ms, place)),
         Err(error) => {
             let described = serde_json::json!({"code": error.code, "message": error.message, "details": error.details});
-            (error.kind.status(), format!(r#"{{"status":"error","results":[],"took":{took:?},"error":{described}}}"#))
+            let text = format!(r#"{{"status":"error","results":[],"took":{took_ms:?},"error":{described}}}"#);
+            (error.kind.status(), vec![body::piece(text, place)])
         }
     };
-    let mut response = (status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
+    let mut response = (status, [(header::CONTENT_TYPE, "application/json")], body::body(pieces)).into_response();
     if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -184,7 +202,8 @@ fn answer(outcome: Result<Answer, ApiError>, took: Option<Duration>) -> Response
     response
 }
 
-/// Fails when only a restart helps.
+/// Fails when only a restart helps. It does not when the data is another's ([`crate::engine::Disowned`]): a new process
+/// on the same folder has no more right to it.
 async fn livez(State(api): State<Arc<Api>>) -> Response {
     if api.sql.engine().is_broken() {
         return (StatusCode::SERVICE_UNAVAILABLE, "the disk failed a write; restart\n").into_response();
@@ -199,8 +218,8 @@ async fn readyz(State(api): State<Arc<Api>>) -> Response {
     if api.sql.engine().is_broken() {
         return (StatusCode::SERVICE_UNAVAILABLE, "the disk failed a write; restart\n").into_response();
     }
-    if api.sql.engine().is_fenced() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "another process owns the data\n").into_response();
+    if let Some(reason) = api.sql.engine().disowned() {
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response();
     }
     "ok\n".into_response()
 }

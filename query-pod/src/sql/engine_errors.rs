@@ -16,9 +16,8 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
             "BUFFER_FULL",
             format!("the unflushed rows of this table take {bytes} bytes, and at most {limit} are buffered; try again"),
         ),
-        WriteError::Fenced => {
-            ApiError::unavailable("NOT_OWNER", "this pod no longer owns the data; send the request again")
-        }
+        WriteError::Disowned(_) => not_owner(),
+        error @ WriteError::Durability => ApiError::invalid("UNSUPPORTED", format!("{error}; nothing was written")),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Storage(error) => of_storage(&error),
         error @ WriteError::File(_) => {
@@ -47,9 +46,15 @@ fn of_commit(error: CommitError) -> ApiError {
     }
 }
 
+/// Why is for the operator: the log, `/readyz` and a metric say it.
+fn not_owner() -> ApiError {
+    ApiError::unavailable("NOT_OWNER", "this pod may not serve the data any more; send the request again")
+}
+
 /// A read that failed.
 pub(super) fn of_read(error: &ReadError) -> ApiError {
     match error {
+        ReadError::Disowned(_) => not_owner(),
         ReadError::Storage(error) => of_storage(error),
         ReadError::Instance(_) | ReadError::Buffer(_) | ReadError::Row(_) | ReadError::Path(_) | ReadError::Foreign => {
             ApiError::internal(error)
@@ -61,6 +66,7 @@ pub(super) fn of_read(error: &ReadError) -> ApiError {
 pub(super) fn of_flush(error: &FlushError) -> ApiError {
     tracing::warn!(error = %crate::error::Chain(error), "a requested flush failed");
     match error {
+        FlushError::Disowned(_) => not_owner(),
         FlushError::Storage(error) => of_storage(error),
         FlushError::Freeze(error) => of_commit(error.clone()),
         FlushError::Upload { .. } | FlushError::Garbled { .. } | FlushError::Ship(_) | FlushError::Waiting => {

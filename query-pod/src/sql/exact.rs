@@ -5,17 +5,22 @@
 //! - A UUID beside a text literal is compared by value: the text is brought to the canonical form. One that is no UUID
 //!   equals none.
 //! - A time beside a text literal reads it as INSERT does. DataFusion goes over nanoseconds, which end in 2262.
+//! - An integer that is cast to a time is what INSERT takes it for: microseconds, or days. DataFusion takes other units.
+//! - A FLOAT or DOUBLE that a call or CASE makes one type with a decimal, as `coalesce(weight, 0.0)` does, stays floating.
+//! - IN, CASE, DISTINCT and ORDER BY take `0.0` and `-0.0` for one value, as `=` and GROUP BY do.
+//! - A difference of times beside an INTERVAL of days is compared by its length. DataFusion compares months, days and
+//!   nanoseconds in this order.
 //! - `+`, `-`, `*` and negation of integers fail when the result does not fit; DataFusion's wrap around.
 
 use std::sync::Arc;
 
 use arrow::compute::kernels::numeric::{add, mul, sub};
-use arrow::datatypes::{DataType, Field};
+use arrow::datatypes::{DataType, Field, IntervalMonthDayNano};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode as _};
 use datafusion::common::{DFSchema, Result, ScalarValue};
 use datafusion::error::DataFusionError;
-use datafusion::logical_expr::expr::{Between, InList, ScalarFunction};
+use datafusion::logical_expr::expr::{Between, Cast, InList, ScalarFunction, TryCast};
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
@@ -47,7 +52,16 @@ impl AnalyzerRule for Comparisons {
     }
 
     fn analyze(&self, plan: LogicalPlan, _: &ConfigOptions) -> Result<LogicalPlan> {
-        rewrite(plan, compare)
+        let plan = rewrite(plan, compare)?;
+        let ordered = plan.transform_up_with_subqueries(|plan| match plan {
+            LogicalPlan::Sort(mut sort) => {
+                let schema = Arc::clone(sort.input.schema());
+                sort.expr.iter_mut().for_each(|key| unsign_zero(&mut key.expr, &schema));
+                Ok(Transformed::yes(LogicalPlan::Sort(sort)))
+            }
+            other => Ok(Transformed::no(other)),
+        })?;
+        Ok(ordered.data)
     }
 }
 
@@ -79,7 +93,8 @@ fn rewrite(plan: LogicalPlan, change: fn(Expr, &DFSchema) -> Result<Transformed<
             Expr::GroupingSet(_) => expr.map_children(renamed),
             _ => renamed(expr),
         })?;
-        if changed.transformed { changed.map_data(LogicalPlan::recompute_schema) } else { Ok(changed) }
+        // Of every plan: the types of those below may be others now.
+        changed.map_data(LogicalPlan::recompute_schema)
     })?;
     Ok(rewritten.data)
 }
@@ -104,14 +119,54 @@ fn compare(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
             let (low, high) = (bound(low)?, bound(high)?);
             Ok(Transformed::yes(Expr::Between(Between { expr, negated, low, high })))
         }
-        Expr::InList(InList { expr, list, negated }) => {
+        Expr::InList(InList { mut expr, list, negated }) => {
             let value = field(&expr, schema);
             let item = |item: Expr| -> Result<Expr> {
                 let fits = fit(&item, field(&item, schema).as_deref(), value.as_deref())?;
                 Ok(fits.unwrap_or(item))
             };
-            let list = list.into_iter().map(item).collect::<Result<_>>()?;
+            let mut list = list.into_iter().map(item).collect::<Result<Vec<_>>>()?;
+            list.iter_mut().chain([&mut *expr]).for_each(|value| unsign_zero(value, schema));
             Ok(Transformed::yes(Expr::InList(InList { expr, list, negated })))
+        }
+        Expr::Case(mut case) => {
+            if let Some(value) = &mut case.expr {
+                let whens = case.when_then_expr.iter_mut().map(|(when, _)| &mut **when);
+                let mut compared: Vec<&mut Expr> = whens.chain([&mut **value]).collect();
+                unify(&mut compared, schema)?;
+                compared.into_iter().for_each(|value| unsign_zero(value, schema));
+            }
+            let thens = case.when_then_expr.iter_mut().map(|(_, then)| &mut **then);
+            unify(&mut thens.chain(case.else_expr.as_deref_mut()).collect::<Vec<_>>(), schema)?;
+            Ok(Transformed::yes(Expr::Case(case)))
+        }
+        Expr::ScalarFunction(mut call) if UNIFYING.contains(&call.func.name()) => {
+            unify(&mut call.args.iter_mut().collect::<Vec<_>>(), schema)?;
+            Ok(Transformed::yes(Expr::ScalarFunction(call)))
+        }
+        Expr::Cast(Cast { expr, field: to }) => Ok(match time(&expr, to.data_type(), schema)? {
+            Some(time) => Transformed::yes(Expr::Cast(Cast::new_from_field(Box::new(time), to))),
+            None => Transformed::no(Expr::Cast(Cast { expr, field: to })),
+        }),
+        Expr::TryCast(TryCast { expr, field: to }) => {
+            let time = time(&expr, to.data_type(), schema).unwrap_or_else(|_| Some(lit(ScalarValue::Null)));
+            Ok(match time {
+                Some(time) => Transformed::yes(Expr::TryCast(TryCast::new_from_field(Box::new(time), to))),
+                None => Transformed::no(Expr::TryCast(TryCast { expr, field: to })),
+            })
+        }
+        Expr::AggregateFunction(mut call) => {
+            if call.params.distinct {
+                call.params.args.iter_mut().for_each(|arg| unsign_zero(arg, schema));
+            }
+            call.params.order_by.iter_mut().for_each(|sort| unsign_zero(&mut sort.expr, schema));
+            Ok(Transformed::yes(Expr::AggregateFunction(call)))
+        }
+        Expr::WindowFunction(mut call) => {
+            let params = &mut call.params;
+            params.partition_by.iter_mut().for_each(|key| unsign_zero(key, schema));
+            params.order_by.iter_mut().for_each(|sort| unsign_zero(&mut sort.expr, schema));
+            Ok(Transformed::yes(Expr::WindowFunction(call)))
         }
         other => Ok(Transformed::no(other)),
     }
@@ -138,6 +193,9 @@ fn fit(value: &Expr, own: Option<&Field>, beside: Option<&Field>) -> Result<Opti
         });
     }
     let Expr::Literal(literal, _) = value else { return Ok(None) };
+    if let (ScalarValue::IntervalMonthDayNano(Some(interval)), DataType::Duration(_)) = (literal, beside.data_type()) {
+        return Ok(Some(cast(duration(*interval)?, beside.data_type().clone())));
+    }
     let (Some(Some(text)), Some(ty)) = (literal.try_as_str(), ColumnType::of_arrow(beside)) else { return Ok(None) };
     match ty {
         ColumnType::Uuid => Ok(uuid::Uuid::try_parse(text).ok().map(|uuid| lit(uuid.to_string()))),
@@ -147,6 +205,64 @@ fn fit(value: &Expr, own: Option<&Field>, beside: Option<&Field>) -> Result<Opti
         },
         _ => Ok(None),
     }
+}
+
+/// An integer that is to be of type `to`, as a time; `None`: one of the two is something else.
+fn time(value: &Expr, to: &DataType, schema: &DFSchema) -> Result<Option<Expr>> {
+    let ty = match to {
+        DataType::Time64(_) => ColumnType::Time,
+        DataType::Timestamp(..) => ColumnType::Timestamp,
+        _ => return Ok(None),
+    };
+    if !value.get_type(schema).is_ok_and(|ty| ty.is_integer()) {
+        return Ok(None);
+    }
+    match value {
+        Expr::Literal(literal, _) if !literal.is_null() => {
+            let read = Value::from_text(&literal.to_string(), &ty);
+            let read = read.map_err(|error| DataFusionError::Execution(error.to_string()))?;
+            params::scalar(&read, &ty).map(|scalar| Some(lit(scalar)))
+        }
+        other => Ok(Some(cast(cast(other.clone(), DataType::Int64), ty.arrow()))),
+    }
+}
+
+/// Makes a floating-point `-0.0` a `0.0`, by adding one.
+fn unsign_zero(value: &mut Expr, schema: &DFSchema) {
+    let zero = match value.get_type(schema) {
+        Ok(DataType::Float32) => lit(0_f32),
+        Ok(DataType::Float64) => lit(0_f64),
+        _ => return,
+    };
+    *value = std::mem::take(value) + zero;
+}
+
+/// Functions whose arguments become one type.
+const UNIFYING: [&str; 5] = ["coalesce", "greatest", "least", "make_array", "nullif"];
+
+/// Makes decimals among `values` floating if one of them is.
+fn unify(values: &mut [&mut Expr], schema: &DFSchema) -> Result<()> {
+    let double = Field::new("", DataType::Float64, true);
+    let fields: Vec<_> = values.iter().map(|value| field(value, schema)).collect();
+    if !fields.iter().flatten().any(|field| field.data_type().is_floating()) {
+        return Ok(());
+    }
+    for (value, own) in values.iter_mut().zip(&fields) {
+        if let Some(fits) = fit(value, own.as_deref(), Some(&double))? {
+            **value = fits;
+        }
+    }
+    Ok(())
+}
+
+/// An interval as the length that it has whenever it begins.
+fn duration(interval: IntervalMonthDayNano) -> Result<Expr> {
+    const MICROS_PER_DAY: i64 = 86_400_000_000;
+    if interval.months != 0 {
+        return Err(DataFusionError::Plan("an interval of months has no fixed length; use days".to_owned()));
+    }
+    let micros = i64::from(interval.days) * MICROS_PER_DAY + interval.nanoseconds / 1_000;
+    Ok(lit(ScalarValue::DurationMicrosecond(Some(micros))))
 }
 
 /// The text of a number as the statement has it: a decimal, or `1e300`, which was read as `CAST('1e300' AS DOUBLE)`.

@@ -20,7 +20,7 @@ use kalamdb_write_buffer::{EncodedRow, row};
 use serde_json::value::RawValue;
 
 use super::parse::InsertValues;
-use super::{Request, Sql, engine_errors, owner_for};
+use super::{Request, Sql, engine_errors, owner_for, rewrite};
 use crate::catalog::Snapshot;
 use crate::engine::{NewRow, now_us};
 use crate::error::{ApiError, Kind};
@@ -63,7 +63,13 @@ impl Sql {
         let positions = table.key_positions();
         let encoded: Vec<NewRow> = rows.iter().map(|row| encode(&table, &positions, row)).collect();
         if let Some(index) = encoded.iter().position(|row| row.encoded.key.len() > KEY_BYTES_MAX) {
-            let message = format!("row {}: its primary key has more than {KEY_BYTES_MAX} bytes", index + 1);
+            let columns: Vec<&str> = positions.iter().map(|at| table.columns[*at].name.as_str()).collect();
+            let message = format!(
+                "row {}: its primary key (`{}`) has {} bytes, at most {KEY_BYTES_MAX} are taken",
+                index + 1,
+                columns.join("`, `"),
+                encoded[index].encoded.key.len()
+            );
             return Err(ApiError::new(Kind::TooLarge, "KEY_TOO_LARGE", message));
         }
         let key_text = |index: usize| shown_key(&table, &positions, &rows[index]);
@@ -304,7 +310,9 @@ impl Evaluate<'_> {
     fn evaluate(&self, expr: &Expr) -> Result<ArrayRef, DataFusionError> {
         let state = self.session()?;
         let schema = DFSchema::empty();
-        let spoken = datafusion::sql::sqlparser::ast::ExprWithAlias { expr: expr.clone(), alias: None };
+        let mut expr = expr.clone();
+        rewrite::expression(&mut expr);
+        let spoken = datafusion::sql::sqlparser::ast::ExprWithAlias { expr, alias: None };
         let logical = state.create_logical_expr_from_sql_expr(spoken, &schema)?;
         if logical.exists(|expr| Ok(needs_rows(expr)))? {
             return Err(DataFusionError::Plan("VALUES takes no subqueries, aggregates or window functions".to_owned()));

@@ -14,6 +14,8 @@ pub mod params;
 pub mod parse;
 mod provider;
 mod query;
+mod rewrite;
+mod scopes;
 mod session;
 mod sum;
 mod unfolding;
@@ -27,7 +29,6 @@ use std::time::Duration;
 use kalamdb_model::{InstanceId, Owner, Role, TableEntry};
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
-use tokio::sync::Semaphore;
 
 use crate::auth::Identity;
 use crate::catalog::Snapshot;
@@ -35,6 +36,7 @@ use crate::engine::Engine;
 use crate::error::{ApiError, Kind};
 use crate::http::encode::Answer;
 use crate::metrics::Metrics;
+use crate::shares::Shares;
 use parse::Statement;
 
 /// Bounds of statements. Every one has its own error.
@@ -61,12 +63,16 @@ pub struct SqlLimits {
     /// Longest run of one query, seconds.
     #[arg(long, default_value_t = 30)]
     pub query_timeout_secs: u64,
-    /// Queries at once; others wait up to two seconds.
+    /// Queries at once, at most half of them of one user; others wait up to two seconds.
     #[arg(long, default_value_t = 64)]
     pub queries_max: usize,
     /// Largest answer, bytes of JSON.
     #[arg(long, default_value_t = 64 << 20)]
     pub answer_bytes_max: usize,
+    /// Answers that are not sent yet, bytes of JSON, at most half of them for one user; others wait up to two seconds.
+    /// At least twice the largest answer.
+    #[arg(long, default_value_t = 512 << 20)]
+    pub answers_bytes_max: usize,
 }
 
 /// How long a query waits for its turn.
@@ -89,7 +95,8 @@ pub struct Sql {
     engine: Arc<Engine>,
     sessions: session::Sessions,
     limits: SqlLimits,
-    queries: Semaphore,
+    queries: Shares,
+    answers_bytes: Arc<Shares>,
     workers: workers::Workers,
     snowflake: Mutex<kalamdb_model::snowflake::Snowflake>,
     metrics: Arc<Metrics>,
@@ -99,16 +106,25 @@ impl Sql {
     /// A front to `engine`.
     ///
     /// # Errors
-    /// If the query engine cannot be set up.
+    /// If the query engine cannot be set up, or two limits contradict each other.
     pub fn new(
         engine: Arc<Engine>,
         limits: SqlLimits,
         metrics: Arc<Metrics>,
     ) -> Result<Self, datafusion::error::DataFusionError> {
+        let (largest, all) = (limits.answer_bytes_max, limits.answers_bytes_max);
+        if all / 2 < largest {
+            // One user gets half; a larger answer would wait for room that there never is.
+            let message = format!(
+                "--answers-bytes-max is {all}, and must be at least twice --answer-bytes-max, which is {largest}"
+            );
+            return Err(datafusion::error::DataFusionError::Configuration(message));
+        }
         Ok(Self {
             sessions: session::Sessions::new(&engine, &limits)?,
             engine,
-            queries: Semaphore::new(limits.queries_max),
+            queries: Shares::halves(limits.queries_max),
+            answers_bytes: Arc::new(Shares::halves(limits.answers_bytes_max)),
             workers: workers::Workers::new()?,
             limits,
             // Ten random bits keep two processes from making the same id in the same millisecond, mostly; the primary
@@ -129,7 +145,14 @@ impl Sql {
     /// # Errors
     /// What the client is told; nothing was written then, unless the error says that it is not known.
     pub async fn run(&self, request: &Request<'_>) -> Result<Answer, ApiError> {
+        let outcome = self.run_statement(request).await;
+        // A message may quote the statement.
+        outcome.map_err(|error| ApiError { message: parse::shorten(&error.message), ..error })
+    }
+
+    async fn run_statement(&self, request: &Request<'_>) -> Result<Answer, ApiError> {
         self.check_size(request)?;
+        request.namespace.map_or(Ok(()), parse::check_name)?;
         let snapshot = self.engine.catalog().current();
         match parse::parse(request.sql)? {
             Statement::Query(query) => Box::pin(self.query(request, &snapshot, *query)).await,

@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
-    self, Expr, ObjectName, ObjectNamePart, Query, SetExpr, TableFactor, TableObject, Visit, Visitor,
+    self, DuplicateTreatment, Expr, FunctionArg, FunctionArgExpr, FunctionArguments, Join, JoinConstraint, ObjectName,
+    ObjectNamePart, Query, SetExpr, TableFactor, TableObject, Visit, Visitor,
 };
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -11,7 +12,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer};
 use kalamdb_model::{SqlName, TableName};
 
 use super::dialect::KalamDialect;
-use super::unfolding;
+use super::{rewrite, unfolding, wildcard};
 use crate::error::ApiError;
 
 /// A statement that is taken.
@@ -55,6 +56,9 @@ pub const TABLE_FUNCTIONS: [&str; 3] = ["generate_series", "range", "unnest"];
 /// Most operators and keywords between two commas on one level of parentheses.
 const CHAIN_MAX: usize = 1_000;
 
+/// Longest name in a statement, characters: twice what a name of a table or column may have.
+pub(super) const NAME_CHARS_MAX: usize = 128;
+
 /// Most opening parentheses in a row: in FROM the parser reads what is inside twice on each level.
 const PARENTHESES_MAX: usize = 16;
 
@@ -89,6 +93,7 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
     let tokens = Tokenizer::new(&dialect, sql)
         .tokenize_with_location()
         .map_err(|error| ApiError::invalid("SYNTAX_ERROR", shorten(&error.to_string())))?;
+    check_names(&tokens)?;
     check_chains(&tokens)?;
     let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
     if let Some(target) = storage_flush(&mut parser)? {
@@ -116,6 +121,31 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
         }
         (Some(statement), None) => allow(statement),
     }
+}
+
+/// Refuses names beyond [`NAME_CHARS_MAX`]: what looks for near ones takes as long as a name is.
+fn check_names(tokens: &[TokenWithSpan]) -> Result<(), ApiError> {
+    let name = |token: &TokenWithSpan| match &token.token {
+        Token::Word(word) => check_name(&word.value),
+        Token::Placeholder(name) => check_name(name),
+        _ => Ok(()),
+    };
+    tokens.iter().try_for_each(name)
+}
+
+/// Refuses a name beyond [`NAME_CHARS_MAX`].
+pub(super) fn check_name(name: &str) -> Result<(), ApiError> {
+    if name.len() <= NAME_CHARS_MAX || name.chars().count() <= NAME_CHARS_MAX {
+        return Ok(());
+    }
+    let start: String = name.chars().take(32).collect();
+    let message = format!("a name has at most {NAME_CHARS_MAX} characters; `{start}…` has more");
+    Err(ApiError::invalid("NAME_TOO_LONG", message))
+}
+
+/// A text in quotes stands for a table, too: `FROM 'name'`.
+fn check_parts(name: &ObjectName) -> Result<(), ApiError> {
+    name.0.iter().filter_map(ObjectNamePart::as_ident).try_for_each(|part| check_name(&part.value))
 }
 
 /// Refuses `1 + 1 + 1 + …` beyond [`CHAIN_MAX`]: the parser reads such a chain in a loop, but its tree is as deep as the
@@ -256,47 +286,8 @@ fn query(mut statement: ast::Statement) -> Result<Statement, ApiError> {
     }
     unfolding::check(&statement)?;
     let names_system_columns = check.names_system_columns;
-    approximate_numbers(&mut statement);
+    rewrite::query(&mut statement);
     Ok(Statement::Query(Box::new(QueryStatement { statement, names_system_columns })))
-}
-
-/// `1.5e300` is a DOUBLE, as in the SQL standard; `1.5` is a decimal, which could not hold it.
-fn approximate_numbers(statement: &mut ast::Statement) {
-    let _ = ast::visit_expressions_mut(statement, |expr| {
-        // Numbers come before the sign that they have.
-        match expr {
-            Expr::Value(ast::ValueWithSpan { value: ast::Value::Number(text, _), .. }) if text.contains(['e', 'E']) => {
-                *expr = double(text.clone());
-            }
-            Expr::UnaryOp { op: ast::UnaryOperator::Minus, expr: inner } => {
-                if let Some(text) = as_double(inner).filter(|text| !text.starts_with('-')) {
-                    *expr = double(format!("-{text}"));
-                }
-            }
-            _ => {}
-        }
-        ControlFlow::<()>::Continue(())
-    });
-}
-
-/// `CAST('text' AS DOUBLE PRECISION)`.
-fn double(text: String) -> Expr {
-    Expr::Cast {
-        kind: ast::CastKind::Cast,
-        expr: Box::new(Expr::Value(ast::Value::SingleQuotedString(text).with_empty_span())),
-        data_type: ast::DataType::DoublePrecision,
-        array: false,
-        format: None,
-    }
-}
-
-/// The text of what [`double`] makes.
-fn as_double(expr: &Expr) -> Option<&str> {
-    let Expr::Cast { expr, data_type: ast::DataType::DoublePrecision, .. } = expr else { return None };
-    match &**expr {
-        Expr::Value(ast::ValueWithSpan { value: ast::Value::SingleQuotedString(text), .. }) => Some(text),
-        _ => None,
-    }
 }
 
 /// Refuses what a query must not hold, at any depth.
@@ -317,6 +308,19 @@ impl Check {
         let is_system = kalamdb_model::names::SYSTEM_COLUMNS.iter().any(|name| ident.value.eq_ignore_ascii_case(name));
         self.names_system_columns |= is_system;
     }
+
+    /// Columns of USING are names, and no expressions.
+    fn note_joins(&mut self, joins: &[Join]) {
+        for join in joins {
+            if let Some(JoinConstraint::Using(columns)) = wildcard::constraint(&join.join_operator) {
+                columns
+                    .iter()
+                    .flat_map(|name| &name.0)
+                    .filter_map(ObjectNamePart::as_ident)
+                    .for_each(|ident| self.note(ident));
+            }
+        }
+    }
 }
 
 fn stop(what: impl std::fmt::Display) -> ControlFlow<ApiError> {
@@ -336,6 +340,10 @@ impl Visitor for Check {
         if query.settings.is_some() || query.format_clause.is_some() || !query.pipe_operators.is_empty() {
             return stop("SETTINGS, FORMAT or a pipe in a query");
         }
+        // The planner finds it for `a.b`, too, and what looks at statements before it does not.
+        if query.with.iter().flat_map(|with| &with.cte_tables).any(|cte| cte.alias.name.value.contains('.')) {
+            return stop("a dot in the name of a WITH");
+        }
         match body(&query.body) {
             Some(what) => stop(what),
             None => ControlFlow::Continue(()),
@@ -349,7 +357,15 @@ impl Visitor for Check {
         if grouping_sets(&select.group_by) > GROUPING_SETS_MAX {
             return too_deep(format!("GROUP BY has more than {GROUPING_SETS_MAX} grouping sets"));
         }
+        select.from.iter().for_each(|item| self.note_joins(&item.joins));
         ControlFlow::Continue(())
+    }
+
+    fn pre_visit_relation(&mut self, relation: &ObjectName) -> ControlFlow<ApiError> {
+        match check_parts(relation) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        }
     }
 
     fn pre_visit_table_factor(&mut self, factor: &TableFactor) -> ControlFlow<ApiError> {
@@ -368,6 +384,9 @@ impl Visitor for Check {
                 ))
             }
         };
+        if let TableFactor::NestedJoin { table_with_joins, .. } = factor {
+            self.note_joins(&table_with_joins.joins);
+        }
         match factor {
             TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => function(name),
             TableFactor::Table { version: None, json_path: None, sample: None, partitions, index_hints, .. }
@@ -386,6 +405,9 @@ impl Visitor for Check {
         match expr {
             Expr::Identifier(ident) => self.note(ident),
             Expr::CompoundIdentifier(idents) => idents.iter().for_each(|ident| self.note(ident)),
+            Expr::Function(function) if miscounts(function) => {
+                return stop("`*` as an argument beside DISTINCT or a table's name");
+            }
             Expr::Function(function) if is_map(function) => {
                 self.maps += 1;
                 if self.maps > MAP_DEPTH_MAX {
@@ -407,6 +429,19 @@ impl Visitor for Check {
 
 fn is_map(function: &ast::Function) -> bool {
     function.name.to_string().eq_ignore_ascii_case("map")
+}
+
+/// The planner takes `count(DISTINCT *)` for `count(DISTINCT 1)`, and `count(t.*)` for `count(*)`.
+fn miscounts(function: &ast::Function) -> bool {
+    let FunctionArguments::List(list) = &function.args else { return false };
+    list.args.iter().any(|arg| {
+        let (FunctionArg::Named { arg, .. } | FunctionArg::ExprNamed { arg, .. } | FunctionArg::Unnamed(arg)) = arg;
+        match arg {
+            FunctionArgExpr::Expr(_) => false,
+            FunctionArgExpr::Wildcard => list.duplicate_treatment == Some(DuplicateTreatment::Distinct),
+            FunctionArgExpr::QualifiedWildcard(_) | FunctionArgExpr::WildcardWithOptions(_) => true,
+        }
+    })
 }
 
 fn too_deep(message: String) -> ControlFlow<ApiError> {
@@ -440,6 +475,7 @@ fn body(body: &SetExpr) -> Option<&'static str> {
 }
 
 fn table_ref(name: &ObjectName) -> Result<TableRef, ApiError> {
+    check_parts(name)?;
     let parts = name.0.iter().map(|part| match part {
         // Unquoted names are lower-cased, as everywhere in SQL.
         ObjectNamePart::Identifier(ident) if ident.quote_style.is_none() => Ok(ident.value.to_ascii_lowercase()),
@@ -537,6 +573,8 @@ mod tests {
             "ATTACH DATABASE 'x' AS y",
             "LOAD DATA INPATH 'x' INTO TABLE y",
             "TABLE t",
+            "SELECT count(DISTINCT *) FROM t",
+            "SELECT count(t.*) FROM t",
         ] {
             let error = parse(sql).expect_err(sql);
             assert!(matches!(error.code, "UNSUPPORTED_STATEMENT" | "SYNTAX_ERROR"), "{sql}: {error}");
@@ -582,6 +620,49 @@ mod tests {
     }
 
     #[test]
+    fn a_name_has_a_bound_wherever_it_stands() {
+        let (most, more) = ("é".repeat(128), "é".repeat(129));
+        for sql in [
+            "SELECT {} FROM t",
+            "SELECT \"{}\" FROM t",
+            "SELECT 1 AS {}",
+            "SELECT * FROM {}",
+            "SELECT * FROM a.{}.c",
+            "SELECT * FROM '{}'",
+            "SELECT {}(1)",
+            "WITH {} AS (SELECT 1) SELECT 2",
+            "STORAGE FLUSH TABLE {}",
+            "STORAGE FLUSH TABLE '{}'",
+            "INSERT INTO {} VALUES (1)",
+            "INSERT INTO t ({}) VALUES (1)",
+            "INSERT INTO '{}' VALUES (1)",
+            "SELECT $n{}",
+        ] {
+            assert_eq!(code(&sql.replace("{}", &more)), Some("NAME_TOO_LONG"), "{sql}");
+            assert_ne!(code(&sql.replace("{}", &most[4..])), Some("NAME_TOO_LONG"), "{sql}");
+        }
+        assert_eq!(code(&format!("SELECT '{more}', $${more}$$ -- {more}")), None);
+    }
+
+    #[test]
+    fn names_of_with_are_counted_as_the_planner_knows_them() {
+        // Each level uses the one before twice; beside it stands a query of almost the same name that is small.
+        let chain = |twin: &dyn Fn(usize) -> String, name: &dyn Fn(usize) -> String| {
+            let level = |n: usize| {
+                let (this, before) = (name(n), name(n - 1));
+                format!("{this} AS (SELECT 1 FROM {before}, {before} b){}", twin(n))
+            };
+            let levels: Vec<String> = (1..40).map(level).collect();
+            format!("WITH {} AS (SELECT 1), {} SELECT 2 FROM {}", name(0), levels.join(", "), name(39))
+        };
+        let plain = |n: usize| format!("a{n}");
+        assert_eq!(code(&chain(&|_| String::new(), &plain)), Some("STATEMENT_TOO_DEEP"));
+        assert_eq!(code(&chain(&|n| format!(", \"A{n}\" AS (SELECT 1)"), &plain)), Some("STATEMENT_TOO_DEEP"));
+        assert_eq!(code("WITH \"a.b\" AS (SELECT 1) SELECT * FROM a.b"), Some("UNSUPPORTED_STATEMENT"));
+        assert_eq!(code("WITH a AS (SELECT 1), \"A\" AS (SELECT 2) SELECT * FROM a, \"A\""), None);
+    }
+
+    #[test]
     fn current_user_may_have_parentheses() {
         for sql in ["SELECT CURRENT_USER()", "SELECT current_user ( ) = 'a', 1", "SELECT CURRENT_USER"] {
             assert_eq!(code(sql), None, "{sql}");
@@ -605,6 +686,8 @@ mod tests {
         };
         assert!(names("SELECT * FROM (SELECT t._seq FROM app.t) x"));
         assert!(names("SELECT 1 FROM app.t ORDER BY _SEQ"));
+        assert!(names("SELECT 1 FROM app.t JOIN app.u USING (id, _seq)"));
+        assert!(names("SELECT 1 FROM (app.t JOIN app.u USING (_deleted))"));
         assert!(!names("SELECT * FROM app.t"));
     }
 }

@@ -214,3 +214,37 @@ impl PhysicalExprAdapter for WithDefaults {
         self.inner.rewrite(replace_columns_with_literals(expr, &self.missing)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use datafusion::prelude::{SessionConfig, SessionContext};
+    use kalamdb_model::{OnRemoval, Role, UserId, compile};
+    use kalamdb_test_support::pod::MANIFESTS;
+
+    use super::*;
+    use crate::catalog::CatalogHandle;
+    use crate::engine::{EngineLimits, Secrets, Storages};
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn a_scan_in_a_session_without_an_identity_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), MANIFESTS.to_owned())]);
+        let catalog = CatalogHandle::open(dir.path()).unwrap();
+        catalog.serve(compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain).0);
+        let table = Arc::new(catalog.current().catalog.tables.values().next().unwrap().clone());
+        let storages = Storages::new(dir.path().to_owned(), Secrets::default());
+        let limits = EngineLimits { instance_bytes_max: 1 << 20, disk_reserve_bytes: 0, flushes_max: 1 };
+        let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::new(Metrics::default())).unwrap();
+        let provider = InstanceTable::new(Arc::clone(&engine), table, false);
+        let scan = async |config: SessionConfig| {
+            let state = SessionContext::new_with_config(config).state();
+            provider.scan(&state, None, &[], None).await.map(|_| ()).map_err(|error| error.to_string())
+        };
+        let refused = scan(SessionConfig::new()).await.unwrap_err();
+        assert!(refused.contains("without an identity"), "{refused}");
+        let identity = Identity { user: UserId::new("alice").unwrap(), role: Role::User };
+        scan(SessionConfig::new().with_extension(Arc::new(identity))).await.unwrap();
+        engine.close(std::time::Duration::from_secs(5)).await;
+    }
+}

@@ -21,7 +21,9 @@ use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
 use crate::engine::StoragesError;
 use crate::error::{ApiError, Kind};
+use crate::http::Room;
 use crate::http::encode::{Answer, Encoder};
+use crate::shares::Full;
 
 impl Sql {
     pub(super) async fn query(
@@ -30,13 +32,13 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
-        let _turn = match tokio::time::timeout(QUERY_WAIT, self.queries.acquire()).await {
-            Ok(turn) => turn,
-            Err(_) => {
-                let message = format!("{} queries are running already; try again", self.limits.queries_max);
-                return Err(ApiError::new(Kind::Busy, "TOO_MANY_QUERIES", message));
-            }
-        };
+        let _turn = self.queries.take(&request.identity.user, 1, QUERY_WAIT).await.map_err(|full| {
+            let message = match full {
+                Full::User(most) => format!("at most {most} queries of one user are run at once; try again"),
+                Full::All(most) => format!("{most} queries are running already; try again"),
+            };
+            ApiError::new(Kind::Busy, "TOO_MANY_QUERIES", message)
+        })?;
         self.metrics.queries.inc();
         let limit = Duration::from_secs(self.limits.query_timeout_secs);
         match tokio::time::timeout(limit, self.run_query(request, snapshot, query)).await {
@@ -66,7 +68,8 @@ impl Sql {
         weight::check(&plan)?;
         refuse_writes(&plan)?;
         let plan = bind(plan, request)?;
-        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone());
+        let room = Room::new(Arc::clone(&self.answers_bytes), request.identity.user.clone());
+        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone(), room);
         self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
     }
 }
@@ -77,13 +80,18 @@ async fn run(
     plan: LogicalPlan,
     snapshot: Arc<Snapshot>,
     limits: super::SqlLimits,
+    room: Room,
 ) -> Result<Answer, ApiError> {
     let explain = |error| of_datafusion(error, &snapshot, &limits);
+    if let LogicalPlan::Explain(explained) = &plan {
+        // EXPLAIN shows what cannot be planned as a row.
+        state.create_physical_plan(&explained.plan).await.map_err(explain)?;
+    }
     let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
-    let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max)?;
+    let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max, room);
     let mut batches = execute_stream(physical, state.task_ctx()).map_err(explain)?;
     while let Some(batch) = batches.next().await {
-        encoder.push(&batch.map_err(explain)?)?;
+        encoder.push(&batch.map_err(explain)?).await?;
     }
     Ok(encoder.finish())
 }

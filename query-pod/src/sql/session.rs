@@ -265,13 +265,17 @@ impl SchemaProvider for Tables {
 
 /// A table that is not there, with the nearest name that is.
 pub(super) fn no_such_table(snapshot: &Snapshot, name: &str) -> ApiError {
+    const DISTANCE_MAX: usize = 3;
+    let chars = name.chars().count();
     let near = snapshot
         .catalog
         .tables
         .keys()
         .map(ToString::to_string)
+        // Texts are at least as far apart as their lengths.
+        .filter(|known| known.len().abs_diff(chars) <= DISTANCE_MAX)
         .map(|known| (datafusion::common::utils::datafusion_strsim::levenshtein(&known, name), known))
-        .filter(|(distance, _)| *distance <= 3)
+        .filter(|(distance, _)| *distance <= DISTANCE_MAX)
         .min();
     let hint = near.map(|(_, known)| format!("; did you mean `{known}`?")).unwrap_or_default();
     ApiError::new(Kind::NotFound, "TABLE_NOT_FOUND", format!("table `{name}` does not exist{hint}"))

@@ -3,11 +3,11 @@
 //! The planner writes them out, so forty CTEs that each use the one before twice are 2⁴⁰ plans, and the memory for them ends
 //! the pod. Hence this looks at what was parsed, before anything is planned.
 
-use std::collections::HashMap;
 use std::ops::ControlFlow;
 
-use datafusion::sql::sqlparser::ast::{self, ObjectName, Query, Select, TableFactor, Visit as _, Visitor};
+use datafusion::sql::sqlparser::ast::{self, Query, Select, TableFactor, Visit as _, Visitor};
 
+use super::scopes::WithNames;
 use crate::error::ApiError;
 
 /// Most SELECTs and tables of a statement that is written out. Measured: joins of 4,096 tables take two seconds to plan.
@@ -18,7 +18,7 @@ const PARTS_MAX: u64 = 4_096;
 /// # Errors
 /// 400, `STATEMENT_TOO_DEEP`.
 pub(super) fn check(statement: &ast::Statement) -> Result<(), ApiError> {
-    let mut unfolding = Unfolding { scopes: Vec::new(), parts: vec![0], names: HashMap::new() };
+    let mut unfolding = Unfolding { with: WithNames::new(), parts: vec![0] };
     let _ = statement.visit(&mut unfolding);
     if unfolding.parts.iter().sum::<u64>() <= PARTS_MAX {
         return Ok(());
@@ -30,12 +30,10 @@ pub(super) fn check(statement: &ast::Statement) -> Result<(), ApiError> {
 }
 
 struct Unfolding {
-    /// Parts of the queries that WITH names, for each query around.
-    scopes: Vec<HashMap<String, u64>>,
+    /// Parts of the queries that WITH names.
+    with: WithNames<u64>,
     /// Parts of each query around, so far; the first is the statement.
     parts: Vec<u64>,
-    /// Names of the queries of WITH, by their addresses.
-    names: HashMap<*const Query, String>,
 }
 
 impl Unfolding {
@@ -44,40 +42,22 @@ impl Unfolding {
             *sum = sum.saturating_add(parts);
         }
     }
-
-    fn parts_of(&self, name: &ObjectName) -> u64 {
-        let [part] = name.0.as_slice() else { return 1 };
-        let Some(ident) = part.as_ident() else { return 1 };
-        let name = ident.value.to_lowercase();
-        self.scopes.iter().rev().find_map(|scope| scope.get(&name)).copied().unwrap_or(1)
-    }
 }
 
 impl Visitor for Unfolding {
     type Break = ();
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
-        for cte in query.with.iter().flat_map(|with| &with.cte_tables) {
-            self.names.insert(std::ptr::from_ref(&*cte.query), cte.alias.name.value.to_lowercase());
-        }
-        self.scopes.push(HashMap::new());
+        self.with.enter(query);
         self.parts.push(0);
         ControlFlow::Continue(())
     }
 
     fn post_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
-        self.scopes.pop();
         let parts = self.parts.pop().unwrap_or(0);
-        match self.names.remove(&std::ptr::from_ref(query)) {
-            Some(name) => {
-                if let Some(scope) = self.scopes.last_mut() {
-                    scope.insert(name, parts);
-                }
-                // Planned once where it stands, too.
-                self.add(1);
-            }
-            None => self.add(parts),
-        }
+        // A query of WITH is planned once where it stands, too.
+        let here = self.with.leave(query, parts).unwrap_or(1);
+        self.add(here);
         ControlFlow::Continue(())
     }
 
@@ -88,7 +68,7 @@ impl Visitor for Unfolding {
 
     fn pre_visit_table_factor(&mut self, factor: &TableFactor) -> ControlFlow<()> {
         if let TableFactor::Table { name, .. } = factor {
-            let parts = self.parts_of(name);
+            let parts = self.with.get(name).copied().unwrap_or(1);
             self.add(parts);
         }
         ControlFlow::Continue(())

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context as _, ensure};
 use kalamdb_query_pod::crash::FLUSH_POINTS;
+use kalamdb_table_store::{FilesystemStore, stream};
 use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
 use serde_json::json;
 
@@ -150,10 +152,7 @@ async fn a_pod_killed_while_many_users_write_keeps_every_acknowledged_row() -> a
 async fn a_full_disk_refuses_writes_and_keeps_what_was_acknowledged() -> anyhow::Result<()> {
     // No file of the process may grow past 24 MiB, which is what the write buffer's log meets first.
     let folder = tempfile::tempdir()?;
-    let limited = folder.path().join("limited");
-    std::fs::write(&limited, format!("#!/bin/bash\ntrap '' XFSZ\nulimit -f 24576\nexec '{BINARY}' \"$@\"\n"))?;
-    std::fs::set_permissions(&limited, std::fs::Permissions::from_mode(0o755))?;
-    let mut home = Home::new(limited, MANIFESTS)?;
+    let mut home = Home::new(limited(folder.path(), 24 << 20)?, MANIFESTS)?;
     home.flags = vec!["--instance-bytes-max".to_owned(), (1_u64 << 30).to_string()];
     let mut pod = home.start().await?;
     let big = "x".repeat(1 << 20);
@@ -178,6 +177,51 @@ async fn a_full_disk_refuses_writes_and_keeps_what_was_acknowledged() -> anyhow:
     let seen = ids(&pod, "alice").await?;
     ensure!(seen.len() as u64 == acknowledged || seen.len() as u64 == acknowledged + 1, "{seen:?}");
     ensure!(seen.iter().enumerate().all(|(index, id)| i64::try_from(index).is_ok_and(|index| index == *id)));
+    Ok(())
+}
+
+/// The largest file is the write buffer's log, which grows to `limit` bytes at most in a pod started by this script.
+fn limited(folder: &Path, limit: u64) -> anyhow::Result<PathBuf> {
+    let script = folder.join("limited");
+    let blocks = limit / 1_024;
+    std::fs::write(&script, format!("#!/bin/bash\ntrap '' XFSZ\nulimit -f {blocks}\nexec '{BINARY}' \"$@\"\n"))?;
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
+    Ok(script)
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_only_the_freeze_of_a_flush_is_told_to_kubernetes_too() -> anyhow::Result<()> {
+    const LIMIT: u64 = 8 << 20;
+    let folder = tempfile::tempdir()?;
+    let home = Home::new(limited(folder.path(), LIMIT)?, MANIFESTS)?;
+    let pod = home.start().await?;
+    insert(&pod, "alice", 0..1).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    let left = || {
+        let database = home.data_dir().join("buffer/db");
+        let logs = files_below(&database)?.into_iter().filter(|name| name.ends_with(".log"));
+        let sizes = logs.map(|name| std::fs::metadata(database.join(name)).map(|metadata| metadata.len()));
+        anyhow::Ok(LIMIT - sizes.collect::<Result<Vec<u64>, _>>()?.into_iter().max().context("a log")?)
+    };
+    let mut next_id = 1;
+    let mut fill = async |bytes: u64| -> anyhow::Result<u64> {
+        let (before, body) = (left()?, "x".repeat(usize::try_from(bytes)?));
+        pod.run("alice", "INSERT INTO app.messages (id, body) VALUES ($1, $2)", json!([next_id, body])).await?;
+        next_id += 1;
+        Ok(before - left()?)
+    };
+    // Up to 30 bytes below the limit: room for nothing. Within its last block the log takes as much for each row.
+    while left()? > 1 << 20 {
+        fill(900_000).await?;
+    }
+    fill(left()? - 8_192).await?;
+    let overhead = fill(200).await? - 200;
+    fill(left()? - 2 * overhead - 200 - 30).await?;
+    fill(left()? - overhead - 30).await?;
+    ensure!(left()? < 50, "{} bytes are left", left()?);
+    let refused = pod.sql("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(refused.status == 503 && refused.code() == "WRITE_FAILED", "{}", refused.body);
+    ensure!(pod.get("/livez").await?.0 == 503, "only a restart helps, and Kubernetes must learn it");
     Ok(())
 }
 
@@ -239,4 +283,144 @@ async fn a_lost_file_is_an_error_and_never_fewer_rows() -> anyhow::Result<()> {
     }
     ensure!(ids(&pod, "alice").await?.len() == 12);
     Ok(())
+}
+
+#[tokio::test]
+async fn a_storage_whose_folder_is_not_there_is_never_made_anew() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let mut pod = home.start().await?;
+    insert(&pod, "alice", 0..10).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    let (files, away) = (home.data_dir().join("files"), home.data_dir().join("away"));
+    // What lies under a disk that is not mounted: an empty folder, or none.
+    for (round, mounted_on) in [(1, true), (2, false), (3, true)] {
+        let unmount = || {
+            std::fs::rename(&files, &away)?;
+            if mounted_on { std::fs::create_dir(&files) } else { Ok(()) }
+        };
+        // While the pod runs, and before it starts.
+        if round == 3 {
+            unmount()?;
+        } else {
+            pod.kill()?;
+            unmount()?;
+            pod = home.start().await?;
+        }
+        let next = round * 10;
+        insert(&pod, "alice", next..next + 10).await?;
+        for sql in ["SELECT id FROM app.messages", "SELECT count(*) FROM app.messages"] {
+            let answer = pod.sql("alice", sql, json!([])).await?;
+            ensure!(answer.status >= 500, "{round}: {sql}: {}", answer.body);
+        }
+        if round == 3 {
+            let flush = pod.sql("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+            ensure!(flush.status == 503 && flush.code() == "STORAGE_UNAVAILABLE", "{}", flush.body);
+        } else {
+            ensure!(home.log().contains("mount its disk"), "{round}: {}", home.log());
+        }
+        ensure!(files.exists() == mounted_on && files_below(&files)?.is_empty(), "{round}: the folder was made anew");
+
+        if mounted_on {
+            std::fs::remove_dir(&files)?;
+        }
+        std::fs::rename(&away, &files)?;
+        eventually("the rows are flushed", async || {
+            Ok(pod.sql("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?.status == 200)
+        })
+        .await?;
+        ensure!(ids(&pod, "alice").await? == (0..next + 10).collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+/// Copies a data folder but for its files, as a backup of the volume does.
+fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
+    for file in files_below(from)?.iter().filter(|file| !file.starts_with("files/")) {
+        let copy = to.join(file);
+        std::fs::create_dir_all(copy.parent().context("a file lies in a folder")?)?;
+        std::fs::copy(from.join(file), copy)?;
+    }
+    Ok(())
+}
+
+/// Nothing is answered from the data, and Kubernetes and the operator are told why.
+async fn is_disowned(pod: &Pod, because: &str) -> anyhow::Result<()> {
+    for sql in [
+        "SELECT id FROM app.messages",
+        "SELECT count(*) FROM app.messages",
+        "INSERT INTO app.messages (id, body) VALUES (100, 'x')",
+        "STORAGE FLUSH TABLE app.messages",
+    ] {
+        let answer = pod.sql("alice", sql, json!([])).await?;
+        ensure!(answer.status == 503 && answer.code() == "NOT_OWNER", "{sql}: {}", answer.body);
+    }
+    let (status, text) = pod.get("/readyz").await?;
+    ensure!(status == 503 && text.contains(because), "{text}");
+    ensure!(pod.get("/livez").await?.0 == 200, "a restart has no more right to the data");
+    ensure!(pod.get("/metrics").await?.1.contains("kalamdb_disowned 1"));
+    ensure!(pod.log().contains(because));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_older_copy_of_the_data_folder_is_not_served_and_the_newest_goes_on() -> anyhow::Result<()> {
+    // What came after the copy: a flush of the same process, of rows that the copy has in part; a later process.
+    for later in ["flush", "process"] {
+        let home = Home::new(BINARY, MANIFESTS)?;
+        let folder = tempfile::tempdir()?;
+        let (older, newest) = (folder.path().join("older"), folder.path().join("newest"));
+        let data = home.data_dir();
+        let mut pod = home.start().await?;
+        insert(&pod, "alice", 0..10).await?;
+        pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        insert(&pod, "alice", 10..20).await?;
+        copy_folder(&data, &older)?;
+        if later == "process" {
+            pod.kill()?;
+            pod = home.start().await?;
+        }
+        insert(&pod, "alice", 20..30).await?;
+        if later == "flush" {
+            pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        }
+        pod.kill()?;
+
+        copy_folder(&data, &newest)?;
+        std::fs::remove_dir_all(data.join("buffer"))?;
+        copy_folder(&older, &data)?;
+        let stored = files_below(&data.join("files"))?;
+        for _ in 0..2 {
+            let mut pod = home.start_listening().await?;
+            is_disowned(&pod, "the data folder is an older copy").await.with_context(|| later.to_owned())?;
+            pod.kill()?;
+        }
+        ensure!(files_below(&data.join("files"))? == stored, "{later}: the older copy wrote to the storage");
+
+        std::fs::remove_dir_all(data.join("buffer"))?;
+        copy_folder(&newest, &data)?;
+        let pod = home.start().await?;
+        ensure!(ids(&pod, "alice").await? == (0..30).collect::<Vec<_>>(), "{later}");
+        pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        ensure!(ids(&pod, "alice").await? == (0..30).collect::<Vec<_>>(), "{later}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_that_was_fenced_is_not_ready_and_stays_alive_to_say_so() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let mut pod = home.start().await?;
+    insert(&pod, "alice", 0..10).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    let root = home.data_dir().join("files");
+    let streams = files_below(&root.join("_cluster/stream"))?;
+    let incarnation = streams.first().and_then(|path| path.split('/').next()).context("a stream")?;
+    stream::fence(&FilesystemStore::open_used(&root)?, incarnation, 1, "other").await?;
+    insert(&pod, "alice", 10..20).await?;
+    let flush = pod.sql("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(flush.status == 503 && flush.code() == "NOT_OWNER", "{}", flush.body);
+    is_disowned(&pod, "another process has taken over").await?;
+    pod.kill()?;
+    let pod = home.start_listening().await?;
+    is_disowned(&pod, "the data folder is an older copy").await
 }

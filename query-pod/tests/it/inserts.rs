@@ -71,6 +71,9 @@ async fn an_insert_takes_literals_parameters_defaults_and_computed_values_in_any
         ]),
     )
     .await?;
+    pod.run(alice, "INSERT INTO app.notes (id, body, count, price) VALUES ($1, $2, $1, $1)", json!([9, "one value"]))
+        .await?;
+    returns(&pod, alice, "SELECT id, count, price FROM app.notes WHERE id = 9", json!([["9", 9, "9.00"]])).await?;
     let sql = "INSERT INTO app.notes (id, body, at, day, author, code, ulid) VALUES \
                (SNOWFLAKE_ID(), UUID_V7(), NOW(), now(), CURRENT_USER(), uuid_v7(), ULID()), \
                (10, 'later', NOW() + INTERVAL '1 day', CURRENT_DATE, concat('by ', CURRENT_USER()), \

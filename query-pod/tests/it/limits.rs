@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use futures::StreamExt as _;
-use kalamdb_test_support::pod::{Home, Pod};
+use kalamdb_test_support::pod::{Home, Pod, eventually};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use super::{BINARY, declare, refusal, refused, returns, user_table};
 
@@ -80,12 +82,12 @@ const STUBBORN: &str =
 async fn time_and_number_of_queries_are_bounded() -> anyhow::Result<()> {
     let (_home, pod) = start(&["--query-timeout-secs=3", "--queries-max=2"]).await?;
     let started = Instant::now();
-    let endless = || pod.sql("alice", ENDLESS, json!([]));
+    let endless = async |user| pod.sql(user, ENDLESS, json!([])).await;
     let third = async {
         tokio::time::sleep(Duration::from_millis(300)).await;
         pod.sql("bob", "SELECT 1", json!([])).await
     };
-    let (first, second, third) = tokio::join!(endless(), endless(), third);
+    let (first, second, third) = tokio::join!(endless("alice"), endless("carol"), third);
     ensure!(started.elapsed() < Duration::from_secs(6), "it took {:?}", started.elapsed());
     for answer in [first?, second?] {
         let message = refusal(ENDLESS, &answer, 503, "QUERY_TIMEOUT")?;
@@ -94,6 +96,150 @@ async fn time_and_number_of_queries_are_bounded() -> anyhow::Result<()> {
     let message = refusal("a third query", &third?, 429, "TOO_MANY_QUERIES")?;
     ensure!(message.contains("2 queries"), "{message}");
     still_answers(&pod, 0).await
+}
+
+#[tokio::test]
+async fn one_user_cannot_take_every_query() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--queries-max=4"]).await?;
+    let endless = async || pod.sql("alice", ENDLESS, json!([])).await;
+    let others = async {
+        // Until both of alice's queries run.
+        eventually("a third query of one user is refused", async || {
+            let answer = pod.sql("alice", "SELECT 1", json!([])).await?;
+            if answer.status == 200 {
+                return Ok(false);
+            }
+            let message = refusal("a third query of one user", &answer, 429, "TOO_MANY_QUERIES")?;
+            Ok(message.contains("at most 2 queries of one user"))
+        })
+        .await?;
+        returns(&pod, "bob", "SELECT 1", json!([["1"]])).await
+    };
+    let both = async { tokio::join!(endless(), endless()) };
+    tokio::select! {
+        ended = both => anyhow::bail!("queries without an end ended: {ended:?}"),
+        done = others => done?,
+    }
+    eventually("alice's queries end with their connections", async || {
+        Ok(pod.sql("alice", "SELECT 1", json!([])).await?.status == 200)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn one_user_cannot_take_every_request() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--requests-max=4", "--requests-per-user-max=2"]).await?;
+    let body = json!({"sql": "SELECT 1"}).to_string();
+    let mut begun = vec![pod.begin("alice", body.len()).await?, pod.begin("alice", body.len()).await?];
+    let message = refused(&pod, "SELECT 1", json!([]), 429, "TOO_MANY_REQUESTS").await?;
+    ensure!(message.contains("at most 2 requests of one user"), "{message}");
+    begun.extend([pod.begin("bob", body.len()).await?, pod.begin("bob", body.len()).await?]);
+    let answer = pod.sql("carol", "SELECT 1", json!([])).await?;
+    let message = refusal("a fifth request", &answer, 429, "TOO_MANY_REQUESTS")?;
+    ensure!(message.contains("4 requests are under way"), "{message}");
+    for mut connection in begun {
+        let mut answer = String::new();
+        connection.write_all(body.as_bytes()).await?;
+        connection.read_to_string(&mut answer).await?;
+        ensure!(answer.contains(r#""rows":[["1"]]"#), "{answer}");
+    }
+    still_answers(&pod, 0).await
+}
+
+/// 24 MB, most of which no system buffers between two processes.
+const LARGE: &str = "SELECT repeat('x', 1000000) FROM generate_series(1, 24)";
+
+/// Asks for a large answer and takes the first bytes of it only.
+async fn unread(pod: &Pod, user: &str) -> anyhow::Result<TcpStream> {
+    let mut connection = pod.send_unread(user, LARGE).await?;
+    let mut first = [0; 15];
+    connection.read_exact(&mut first).await?;
+    ensure!(&first == b"HTTP/1.1 200 OK", "{}", String::from_utf8_lossy(&first));
+    Ok(connection)
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_read_is_a_request_under_way() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--requests-per-user-max=1"]).await?;
+    let connection = unread(&pod, "alice").await?;
+    let message = refused(&pod, "SELECT 1", json!([]), 429, "TOO_MANY_REQUESTS").await?;
+    ensure!(message.contains("at most 1 requests of one user"), "{message}");
+    returns(&pod, "bob", "SELECT 1", json!([["1"]])).await?;
+    drop(connection);
+    eventually("the request ends with its connection", async || {
+        Ok(pod.sql("alice", "SELECT 1", json!([])).await?.status == 200)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn answers_that_are_not_read_are_bounded_for_a_user_and_for_all() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--answer-bytes-max=25000000", "--answers-bytes-max=50000000"]).await?;
+    let alice = unread(&pod, "alice").await?;
+    let message = refused(&pod, LARGE, json!([]), 429, "ANSWERS_BUSY").await?;
+    ensure!(message.contains("answers of one user may hold 25000000 bytes"), "{message}");
+    // What is small is answered all the same.
+    still_answers(&pod, 0).await?;
+    let bob = unread(&pod, "bob").await?;
+    let answer = pod.sql("carol", LARGE, json!([])).await?;
+    let message = refusal(LARGE, &answer, 429, "ANSWERS_BUSY")?;
+    ensure!(message.contains("answers of all users may hold 50000000 bytes"), "{message}");
+    drop((alice, bob));
+    eventually(
+        "the room of answers is free again",
+        async || Ok(pod.sql("alice", LARGE, json!([])).await?.status == 200),
+    )
+    .await
+}
+
+#[tokio::test]
+async fn limits_that_contradict_each_other_are_told_at_the_start() -> anyhow::Result<()> {
+    let mut home = Home::new(BINARY, &manifests())?;
+    home.flags = vec!["--answer-bytes-max=1000".to_owned(), "--answers-bytes-max=1999".to_owned()];
+    let Err(error) = home.start().await else { anyhow::bail!("it started") };
+    let said = error.to_string();
+    ensure!(said.contains("must be at least twice --answer-bytes-max, which is 1000"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn metrics_and_log_name_no_user_no_value_and_no_path_of_a_user() -> anyhow::Result<()> {
+    const USER: &str = "zora.quill@example";
+    const VALUE: &str = "plumbago-7741";
+    let (home, pod) = start(&["--answer-bytes-max=100000", "--query-timeout-secs=2"]).await?;
+    let insert = format!("INSERT INTO app.t (id, body) VALUES (774100123, '{VALUE}')");
+    ensure!(pod.run(USER, &insert, json!([])).await? == 1);
+    let statements = [
+        (insert.clone(), 409),
+        ("STORAGE FLUSH TABLE app.t".to_owned(), 200),
+        (insert.clone(), 409),
+        (format!("SELECT * FROM app.t WHERE body = '{VALUE}'"), 200),
+        (format!("SELECT CURRENT_USER(), '{VALUE}'"), 200),
+        (format!("SELEKT '{VALUE}'"), 400),
+        (format!("SELECT '{VALUE}' FROM app.{VALUE}"), 400),
+        (format!("SELECT * FROM app.\"{VALUE}\""), 404),
+        (format!("SELECT CAST(body AS INT) FROM app.t WHERE body = '{VALUE}'"), 400),
+        (format!("SELECT 1 / (id - id), '{VALUE}' FROM app.t"), 400),
+        (format!("INSERT INTO app.t (id) VALUES ('{VALUE}')"), 400),
+        (format!("SELECT repeat('{VALUE}', 100000)"), 413),
+        (format!("{ENDLESS} AND '{VALUE}' = '{VALUE}'"), 503),
+    ];
+    for (sql, status) in statements {
+        let answer = pod.sql(USER, &sql, json!([])).await?;
+        ensure!(answer.status == status, "{sql}: {}", answer.text);
+    }
+    drop(pod.send_unread(USER, &format!("{ENDLESS} AND '{VALUE}' = '{VALUE}'")).await?);
+    let token = pod.token(USER, "user")?;
+    let (status, metrics) = pod.get("/metrics").await?;
+    ensure!(status == 200 && metrics.contains("kalamdb_rows_written_total 1\n"), "{metrics}");
+    let log = home.log();
+    ensure!(log.contains("flushed an instance"), "{log}");
+    // A user's folder is named after him, with what a file name does not take written otherwise.
+    for secret in [VALUE, "774100123", "zora", "quill", "users/", token.as_str()] {
+        ensure!(!metrics.contains(secret), "`{secret}` in the metrics:\n{metrics}");
+        ensure!(!log.contains(secret), "`{secret}` in the log:\n{log}");
+    }
+    Ok(())
 }
 
 #[tokio::test]
@@ -262,5 +408,20 @@ async fn a_function_that_makes_much_of_little_is_refused() -> anyhow::Result<()>
     ] {
         returns(&pod, "alice", &format!("SELECT {expression}"), expected).await?;
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_primary_key_is_bounded_and_the_error_names_column_and_bound() -> anyhow::Result<()> {
+    let key = ["name, type: TEXT, primaryKey: true", "at, type: BIGINT, primaryKey: true"];
+    let home = Home::new(BINARY, &declare(&[user_table("t", &key)]))?;
+    let pod = home.start().await?;
+    let sql = "INSERT INTO app.t (name, at) VALUES ('a', 1), ($1, 2)";
+    // Beside the text lie its end and the number: ten bytes.
+    let fits = "x".repeat((8 << 10) - 10);
+    let message = refused(&pod, sql, json!([format!("{fits}x")]), 413, "KEY_TOO_LARGE").await?;
+    ensure!(message == "row 2: its primary key (`name`, `at`) has 8193 bytes, at most 8192 are taken", "{message}");
+    returns(&pod, "alice", "SELECT count(*) FROM app.t", json!([["0"]])).await?;
+    ensure!(pod.run("alice", sql, json!([fits])).await? == 2);
     Ok(())
 }

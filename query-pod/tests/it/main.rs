@@ -7,6 +7,7 @@ mod inserts;
 mod isolation;
 mod limits;
 mod manifests;
+mod names;
 mod sql;
 mod types;
 

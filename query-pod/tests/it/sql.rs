@@ -368,7 +368,7 @@ async fn parameters_are_checked_before_a_query_runs() -> anyhow::Result<()> {
         ensure!(message.contains(says), "{sql}: {message}");
     }
     #[rustfmt::skip]
-    let right: [(&str, Value, Value); 10] = [
+    let right: [(&str, Value, Value); 15] = [
         ("SELECT count(*) FROM app.orders WHERE id = $1", json!(["7"]), json!([["1"]])),
         ("SELECT count(*) FROM app.orders WHERE id = $1 OR id = $1 + 1", json!([7]), json!([["2"]])),
         ("SELECT count(*) FROM app.orders WHERE qty = $1", json!([null]), json!([["0"]])),
@@ -379,6 +379,12 @@ async fn parameters_are_checked_before_a_query_runs() -> anyhow::Result<()> {
         ("SELECT count(*) FROM app.orders WHERE at = $1", json!([1_700_000_000_000_000_i64]), json!([["1"]])),
         ("SELECT count(*) FROM app.orders WHERE customer || $1 = 'ann!'", json!(["!"]), json!([["38"]])),
         ("SELECT count(*) FROM app.orders WHERE customer = $1", json!(["' OR 1=1 --"]), json!([["0"]])),
+        ("SELECT $1::timestamp, CAST($2 AS DATE), $3::time", json!([1_700_000_000_000_001_i64, 19_675, 1]), json!([[1_700_000_000_000_001_i64, 19_675, 1]])),
+        ("SELECT $1::timestamp, CAST($2 AS DATE), $3::time", json!(["9999-12-31T23:59:59.999999Z", "2023-11-14", "22:13:20.5"]),
+            json!([[253_402_300_799_999_999_i64, 19_675, 80_000_500_000_i64]])),
+        ("SELECT $1 AS a, $1::timestamp AS b, $1::date AS c FROM (VALUES ($1)) v(x) WHERE x::timestamp = $1::timestamp", json!([7]), json!([["7", 7, 7]])),
+        ("SELECT count(*) FROM app.orders WHERE at = $1::timestamp AND at = TIMESTAMP '2023-11-14 22:13:20'", json!([1_700_000_000_000_000_i64]), json!([["1"]])),
+        ("SELECT count(*) FROM app.orders WHERE id = $1 AND qty = $1 AND price < $1 + 1", json!([3]), json!([["1"]])),
     ];
     for (sql, params, expected) in right {
         let found = rows(&pod, "alice", sql, params.clone()).await?;
@@ -461,6 +467,17 @@ async fn explain_tells_the_plan_and_analyze_what_it_did() -> anyhow::Result<()> 
     ] {
         let text = rows(&pod, "alice", sql, json!([7])).await?.to_string();
         ensure!(text.contains(says), "{sql}: {text}");
+    }
+    // What cannot be planned is an error, and no row that says so.
+    for sql in [
+        "SELECT CAST('x' AS INT)",
+        "SELECT ntile(0) OVER () FROM app.orders",
+        "SELECT (SELECT b.id FROM app.orders b WHERE b.id > a.id) FROM app.orders a",
+    ] {
+        for explain in ["", "EXPLAIN ", "EXPLAIN VERBOSE ", "EXPLAIN ANALYZE "] {
+            let answer = pod.sql("alice", &format!("{explain}{sql}"), json!([])).await?;
+            refusal(&format!("{explain}{sql}"), &answer, 400, answer.code())?;
+        }
     }
     Ok(())
 }

@@ -266,17 +266,33 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
         ("avg(c_money)", r#"{"Decimal":{"precision":22,"scale":8}}"#, r#""2.75000000""#),
         ("min(c_big)", r#""BigInt""#, r#""9223372036854775801""#), ("max(c_int)", r#""Int""#, "4"), ("sum(c_small)", r#""BigInt""#, "null"),
         ("arrow_cast(5, 'UInt8')", r#""SmallInt""#, "5"), ("arrow_cast(5, 'UInt16')", r#""Int""#, "5"), ("arrow_cast(5, 'UInt32')", r#""BigInt""#, r#""5""#),
-        ("arrow_cast(18446744073709551615, 'UInt64')", r#"{"Decimal":{"precision":20,"scale":0}}"#, r#""18446744073709551615""#),
+        ("arrow_cast(9223372036854775807, 'UInt64')", r#""BigInt""#, r#""9223372036854775807""#), ("[arrow_cast(7, 'UInt64')]", r#"{"Array":"BigInt"}"#, r#"["7"]"#),
+        ("row_number() OVER ()", r#""BigInt""#, r#""1""#), ("rank() OVER (ORDER BY 1) - 1", r#""BigInt""#, r#""0""#), ("DENSE_RANK() OVER () * 2", r#""BigInt""#, r#""2""#),
+        ("ntile(1) OVER ()", r#""BigInt""#, r#""1""#), ("count(*) OVER ()", r#""BigInt""#, r#""1""#), ("approx_distinct(c_int)", r#""BigInt""#, r#""4""#),
+        ("regr_count(c_int, c_int) + 1", r#""BigInt""#, r#""5""#), ("array_length([1, 2]) - 3", r#""BigInt""#, r#""-1""#), ("cardinality([1])", r#""BigInt""#, r#""1""#),
+        ("array_position([5, 6], 6)", r#""BigInt""#, r#""2""#), ("[5, 6][array_position([5, 6], 6)]", r#""BigInt""#, r#""6""#), ("array_positions([5], 5)", r#"{"Array":"BigInt"}"#, r#"["1"]"#),
         ("arrow_cast(1.5, 'Float16')", r#""Float""#, "1.5"), ("CAST(max(c_int) AS SMALLINT)", r#""SmallInt""#, "4"), ("CAST(1 AS REAL)", r#""Float""#, "1.0"),
         ("CAST('12.345' AS DECIMAL(10,3))", r#"{"Decimal":{"precision":10,"scale":3}}"#, r#""12.345""#), ("1.10", r#"{"Decimal":{"precision":3,"scale":2}}"#, r#""1.10""#),
         ("NULL", r#""Text""#, "null"), ("true AND NULL", r#""Boolean""#, "null"), ("1 = 1.0", r#""Boolean""#, "true"), ("'a' || 1", r#""Text""#, r#""a1""#),
         ("INTERVAL '1 day 2 hours'", r#""Text""#, r#""1 days 2 hours""#), ("DATE '1970-01-02'", r#""Date""#, "1"), ("TIME '00:00:01'", r#""Time""#, "1000000"),
         ("TIMESTAMP '1970-01-01 00:00:01.5'", r#""Timestamp""#, "1500000"), ("to_timestamp_seconds(2)", r#""Timestamp""#, "2000000"),
         ("DATE '1970-01-01' + INTERVAL '1 day'", r#""Date""#, "1"), ("extract(year FROM DATE '2024-02-29')", r#""Int""#, "2024"),
+        ("CAST('9999-12-31 23:59:59.999999' AS TIMESTAMP)", r#""Timestamp""#, "253402300799999999"), ("TIMESTAMP '0001-01-01'", r#""Timestamp""#, "-62135596800000000"),
+        ("5::timestamp", r#""Timestamp""#, "5"), ("5::timestamp(9)", r#""Timestamp""#, "5"), ("CAST(5 AS TIMESTAMP(3))", r#""Timestamp""#, "0"), ("CAST(max(id) AS TIMESTAMP)", r#""Timestamp""#, "4"),
+        ("CAST(max(c_int) AS TIMESTAMP WITH TIME ZONE)", r#""Timestamp""#, "4"), ("5::date", r#""Date""#, "5"), ("max(c_int)::date", r#""Date""#, "4"),
+        ("5::time", r#""Time""#, "5"), ("max(c_int)::time", r#""Time""#, "4"), ("TRY_CAST(5 AS TIME)", r#""Time""#, "5"), ("TRY_CAST(86400000000 AS TIME)", r#""Time""#, "null"),
+        ("CAST(CAST(NULL AS INT) AS TIME)", r#""Time""#, "null"), ("to_timestamp(5)", r#""Timestamp""#, "5000000"),
+        ("TIMESTAMP '2020-01-03' - TIMESTAMP '2020-01-01' > INTERVAL '1 day'", r#""Boolean""#, "true"),
+        ("TIMESTAMP '2020-01-03' - TIMESTAMP '2020-01-01' BETWEEN INTERVAL '47 hours' AND INTERVAL '2 days'", r#""Boolean""#, "true"),
+        ("coalesce(sum(c_double), 0.0)", r#""Double""#, "12.0"), ("coalesce(CAST(NULL AS DOUBLE), 0.1)", r#""Double""#, "0.1"), ("greatest(1e-20, 0.0)", r#""Double""#, "1e-20"),
+        ("CASE WHEN max(c_int) = 4 THEN 1e300 ELSE 0.5 END", r#""Double""#, "1e300"), ("[1e-20, 0.5]", r#"{"Array":"Double"}"#, "[1e-20,0.5]"),
+        ("CASE 1e-20 WHEN 0.00000000000000000001 THEN 'same' END", r#""Text""#, r#""same""#), ("nullif(1e-20, 0.00000000000000000001)", r#""Double""#, "null"),
+        ("coalesce(CAST(1.5 AS FLOAT), max(c_money))", r#""Double""#, "1.5"), ("coalesce(max(c_money), 0.5)", r#"{"Decimal":{"precision":18,"scale":4}}"#, r#""4.2500""#),
         ("X'00ff'", r#""Bytes""#, r#""AP8=""#), ("encode(X'00ff', 'hex')", r#""Text""#, r#""00ff""#), ("CAST('6F' AS BYTEA)", r#""Bytes""#, r#""NkY=""#),
         ("[1, NULL]", r#"{"Array":"BigInt"}"#, r#"["1",null]"#), ("array_agg(c_int ORDER BY c_int DESC)", r#"{"Array":"Int"}"#, "[4,3,2,1]"),
         ("[[1.5], []]", r#"{"Array":{"Array":{"Decimal":{"precision":2,"scale":1}}}}"#, r#"[["1.5"],[]]"#),
-        ("named_struct('a', 1, 'b', NULL)", r#""Json""#, r#"{"a":1}"#), ("struct('x')", r#""Json""#, r#"{"c0":"x"}"#), ("map(['a'], [1])", r#""Json""#, r#"{"a":1}"#),
+        ("named_struct('a', 1, 'b', NULL)", r#""Json""#, r#"{"a":1,"b":null}"#), ("named_struct('a', named_struct('b', NULL))", r#""Json""#, r#"{"a":{"b":null}}"#),
+        ("struct('x')", r#""Json""#, r#"{"c0":"x"}"#), ("map(['a'], [1])", r#""Json""#, r#"{"a":1}"#),
         ("CURRENT_USER()", r#""Text""#, r#""alice""#), ("current_user", r#""Text""#, r#""alice""#), ("CURRENT_USER ( ) = 'alice'", r#""Boolean""#, "true"),
         ("now() = CURRENT_TIMESTAMP", r#""Boolean""#, "true"), ("now() - now() = INTERVAL '0 days'", r#""Boolean""#, "true"),
         ("CAST('NaN' AS DOUBLE)", r#""Double""#, r#""NaN""#), ("CAST('inf' AS DOUBLE)", r#""Double""#, r#""Infinity""#), ("-CAST(0 AS DOUBLE)", r#""Double""#, "-0.0"),
@@ -302,6 +318,7 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
         "CAST(300000 AS SMALLINT)", "CAST('x' AS INT)", "1 / 0", "1 % 0", "abs(-9223372036854775808)", "CAST(1e10 AS INT)", "- (-9223372036854775807 - 1)",
         "CAST(max(c_int) AS SMALLINT) * CAST(30000 AS SMALLINT)", "max(c_int) * CAST(2147483647 AS INT)", "CAST(99999999999999999999 AS DECIMAL(10,0))",
         "99999999999999999999999999999999999999 + 1", "99999999999999999999 * 99999999999999999999",
+        "arrow_cast(18446744073709551615, 'UInt64')", "[arrow_cast(9223372036854775808, 'UInt64')]", "CAST(86400000000 AS TIME)", "now() - now() < INTERVAL '1 month'", "CAST(2147483648 AS DATE)",
         "(SELECT sum(x) FROM (VALUES (9223372036854775807), (1)) v(x))", "(SELECT sum(x) FROM (VALUES (-9223372036854775808), (-1)) v(x))",
         "(SELECT max(s) FROM (SELECT g, sum(x) AS s FROM (VALUES (1, 9223372036854775807), (1, 1), (2, 1)) v(g, x) GROUP BY g) t)",
         "(SELECT max(s) FROM (SELECT sum(x) OVER (ORDER BY x) AS s FROM (VALUES (9223372036854775806), (9223372036854775807)) v(x)) t)",
@@ -317,6 +334,56 @@ async fn results_of_expressions_have_types_of_ours_and_are_exact_or_errors() -> 
         let answer = pod.sql("alice", &sql, json!([])).await?;
         ensure!(answer.status == 400, "{sql}: {}", answer.text);
         refusal(&sql, &answer, 400, answer.code())?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn both_zeros_are_one_value_in_every_question() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, &manifests())?;
+    let pod = home.start().await?;
+    let values = "(1, -0.0, -0.0), (2, 0, 0), (3, 1, 1), (4, 'NaN', 'NaN'), (5, 'NaN', 'NaN'), (6, NULL, NULL)";
+    pod.run("alice", &format!("INSERT INTO app.v (id, c_float, c_double) VALUES {values}"), json!([])).await?;
+    for round in ["buffered", "flushed"] {
+        for x in ["c_float", "c_double"] {
+            for (sql, expected) in [
+                ("SELECT count(*) FROM app.v a, app.v b WHERE a.id = 1 AND b.id = 2 AND a.{} = b.{}", json!([["1"]])),
+                (
+                    "SELECT count(*) FROM app.v a JOIN app.v b ON a.{} = b.{} WHERE a.id = 1 AND b.id <> 1",
+                    json!([["1"]]),
+                ),
+                ("SELECT count(*) FROM app.v WHERE {} = 0", json!([["2"]])),
+                ("SELECT count(*) FROM app.v WHERE {} IN (0, 7)", json!([["2"]])),
+                ("SELECT count(*) FROM app.v WHERE {} < 0 OR {} NOT BETWEEN 0 AND 1", json!([["2"]])),
+                ("SELECT count(*) FROM (SELECT {} FROM app.v GROUP BY {}) g", json!([["4"]])),
+                ("SELECT count(*) FROM (SELECT DISTINCT {} FROM app.v) g", json!([["4"]])),
+                ("SELECT count(*) FROM (SELECT {} FROM app.v UNION SELECT {} FROM app.v) g", json!([["4"]])),
+                ("SELECT count(DISTINCT {}) FROM app.v", json!([["3"]])),
+                ("SELECT count(DISTINCT {}), count(DISTINCT id), sum(id) FROM app.v", json!([["3", "6", "21"]])),
+                ("SELECT count(DISTINCT {}) FILTER (WHERE id < 3), count(*) FROM app.v", json!([["1", "6"]])),
+                (
+                    "SELECT id > 2, count(DISTINCT {}), max(id) FROM app.v GROUP BY 1 ORDER BY 1",
+                    json!([[false, "1", "2"], [true, "2", "6"]]),
+                ),
+                ("SELECT count(*) FROM app.v WHERE {} IN (0, 7, 8, 9, 10)", json!([["2"]])),
+                ("SELECT count(*) FROM app.v WHERE {} NOT IN (0, 7, 8, 9, 10)", json!([["3"]])),
+                (
+                    "SELECT CASE {} WHEN 0 THEN 'zero' WHEN 1 THEN 'one' END FROM app.v WHERE id < 3",
+                    json!([["zero"], ["zero"]]),
+                ),
+                ("SELECT id FROM app.v ORDER BY {}, id DESC LIMIT 2", json!([["2"], ["1"]])),
+                (
+                    "SELECT id, rank() OVER (ORDER BY {}) FROM app.v WHERE id < 4 ORDER BY id",
+                    json!([["1", "1"], ["2", "1"], ["3", "3"]]),
+                ),
+                ("SELECT count(*) OVER (PARTITION BY {}) FROM app.v WHERE id < 3", json!([["2"], ["2"]])),
+                ("SELECT array_agg(id ORDER BY {}, id DESC) FROM app.v WHERE id < 4", json!([[["2", "1", "3"]]])),
+                ("SELECT cardinality(array_agg(DISTINCT {})), count(*) FROM app.v WHERE id < 3", json!([["1", "2"]])),
+            ] {
+                returns(&pod, "alice", &sql.replace("{}", x), expected).await.map_err(|error| error.context(round))?;
+            }
+        }
+        pod.run("alice", "STORAGE FLUSH TABLE app.v", json!([])).await?;
     }
     Ok(())
 }

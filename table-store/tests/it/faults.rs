@@ -11,7 +11,7 @@ use object_store::ObjectStoreExt;
 use object_store::path::Path;
 
 use crate::backend::{Store, memory};
-use crate::fault_store::{Fault, FaultStore, Rates};
+use crate::fault_store::{Fault, FaultStore, GARBLED, Rates};
 use crate::sample::{catalog, edit};
 
 /// Every second put fails somehow, every fifth other call too: far worse than any store, so that retries run out.
@@ -131,6 +131,16 @@ async fn a_put_that_lands_after_the_fence_changes_nothing() {
 }
 
 #[tokio::test]
+async fn what_the_store_garbled_is_never_taken_for_ours() {
+    let truth = memory();
+    let store = FaultStore::healthy(Arc::clone(&truth));
+    store.script([Some(Fault::Garbled)]);
+    let path = Path::parse("users/a/file").unwrap();
+    let created = create_exact(&store, &path, Bytes::from_static(b"rows")).await.unwrap();
+    assert_eq!(created, Create::Lost(Bytes::from_static(GARBLED.as_bytes())));
+}
+
+#[tokio::test]
 async fn a_commit_whose_future_was_dropped_is_resolved_by_the_next() {
     let truth = memory();
     let store = FaultStore::healthy(Arc::clone(&truth));
@@ -192,7 +202,12 @@ async fn of_two_writers_on_a_failing_store_one_leads_and_the_other_steps_down() 
             async move {
                 let (mut written, mut version) = (0, 1);
                 while version <= 10 {
-                    let with = |version| kalamdb_model::Catalog { next_table: 2 + extra, ..catalog(version) };
+                    let nonce = |version| format!("{writer} {version}");
+                    let with = |version| kalamdb_model::Catalog {
+                        nonce: nonce(version),
+                        next_table: 2 + extra,
+                        ..catalog(version)
+                    };
                     let previous = if version == 1 { catalog(0) } else { with(version - 1) };
                     match CatalogLog::append(&store, &previous, &with(version), writer).await {
                         Ok(Appended::Ours) => (written, version) = (version, version + 1),

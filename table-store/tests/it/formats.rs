@@ -1,17 +1,23 @@
 //! Stored samples of format 1 must parse for ever. A sample is never rewritten; a new format gets samples of its own.
 
+use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::fs;
 use std::path::PathBuf;
 
+use arrow_array::RecordBatch;
 use bytes::Bytes;
 use kalamdb_table_store::catalog_log::{self, CatalogLog};
 use kalamdb_table_store::manifest::{self, Manifest};
+use kalamdb_table_store::parquet_file::{self, find_keys, key_of};
 use kalamdb_table_store::stream::{self, Body, StreamObject};
-use kalamdb_table_store::{Edit, paths};
+use kalamdb_table_store::{Edit, FileEntry, paths};
 use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::backend::memory;
-use crate::sample::{catalog, edit};
+use crate::sample::{all_types, catalog, edit, file};
 
 fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/format-1")
@@ -53,6 +59,21 @@ async fn a_stored_catalog_log_parses() {
     assert_eq!(CatalogLog::load(&*store).await.unwrap(), catalog(65));
 }
 
+#[tokio::test]
+async fn a_stored_parquet_file_opens_with_the_same_rows() {
+    let ((table, rows), bytes) = (all_types(), sample("all-types.parquet"));
+    let batches = ParquetRecordBatchReaderBuilder::try_new(bytes.clone()).unwrap().build().unwrap();
+    let found: Vec<RecordBatch> = batches.collect::<Result<_, _>>().unwrap();
+    assert_eq!(found, [rows.clone()]);
+    let keys: Vec<Vec<u8>> = (0..rows.num_rows()).map(|row| key_of(&table, &rows, row).unwrap()).collect();
+    let (min_key, max_key) = (keys[0].clone(), keys[2].clone());
+    let entry = FileEntry { rows: 3, bytes: bytes.len() as u64, min_key, max_key, ..file(3) };
+    let store = memory();
+    store.put(&Path::parse(&entry.path).unwrap(), bytes.into()).await.unwrap();
+    let keys = BTreeSet::from_iter(keys);
+    assert_eq!(find_keys(&store, &entry, &table, &keys).await.unwrap(), keys);
+}
+
 /// Writes the samples that are missing; those that are there stay as they are.
 #[test]
 #[ignore = "run by hand when a new kind of sample is added"]
@@ -62,23 +83,22 @@ fn write_missing_samples() {
             StreamObject::new("01JARZ3NDEKTSV4RRFFQ69G5FA", seq, "00ff".repeat(8), 1_732_000_000_000_000, body);
         object.unwrap().encode().unwrap()
     };
-    let (format, nonce, writer, at_us) = (1, "00ff".repeat(8), "operator-0/1".to_owned(), 1_732_000_000_000_000);
-    let snapshot = catalog_log::Snapshot {
-        format,
-        version: 64,
-        nonce: nonce.clone(),
-        writer: writer.clone(),
-        at_us,
-        catalog: catalog(64),
-    };
-    let delta = catalog_log::diff(&catalog(64), &catalog(65));
-    let entry = catalog_log::Entry { format, version: 65, nonce, writer, at_us, delta };
+    let (format, writer, at_us) = (1, "operator-0/1".to_owned(), 1_732_000_000_000_000);
+    let (before, after) = (catalog(64), catalog(65));
+    let delta = catalog_log::diff(&before, &after);
+    let (nonce, previous) = (after.nonce, before.nonce.clone());
+    let entry = catalog_log::Entry { format, version: 65, nonce, previous, writer: writer.clone(), at_us, delta };
+    let snapshot = catalog_log::Snapshot { format, version: 64, writer, at_us, catalog: before };
+    let (table, rows) = all_types();
+    let mut parquet = Vec::new();
+    parquet_file::write(&table, 1, [Ok::<_, Infallible>(rows)], &mut parquet).unwrap();
     let fence = Body::Fence { by: "01JARZ3NDEKTSV4RRFFQ69G5FB".to_owned() };
     assert_eq!(stream::FORMAT, 1, "samples of another format belong in another folder");
     for (name, bytes) in [
         ("stream-edits.log", object(7, Body::Edits(edits()))),
         ("stream-fence.log", object(8, fence)),
         ("manifest.json", manifest().encode()),
+        ("all-types.parquet", parquet),
         ("catalog-snapshot-64.json", serde_json::to_vec(&snapshot).unwrap()),
         ("catalog-entry-65.json", serde_json::to_vec(&entry).unwrap()),
     ] {

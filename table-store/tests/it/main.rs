@@ -55,6 +55,9 @@ on_every_store! {
     catalog::of_16_writers_one_wins_each_number
     catalog::a_slow_reader_gets_past_trimmed_entries
     catalog::a_writer_that_wins_a_freed_number_steps_down
+    catalog::an_entry_under_a_freed_number_is_applied_by_nobody
+    catalog::a_log_of_another_history_is_neither_followed_nor_continued
+    catalog::a_snapshot_that_gives_an_id_another_meaning_is_refused
     catalog::an_append_that_is_repeated_counts_once
     catalog::a_damaged_object_is_an_error
     parquet::keys_are_found_in_files_of_every_key_type

@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
+use arrow_array::builder::{ListBuilder, StringBuilder};
+use arrow_array::types::Int64Type;
+use arrow_array::{
+    ArrayRef, BinaryArray, BooleanArray, Date32Array, Decimal128Array, Float32Array, Float64Array, Int16Array,
+    Int32Array, Int64Array, ListArray, RecordBatch, StringArray, Time64MicrosecondArray, TimestampMicrosecondArray,
+};
 use kalamdb_model::catalog::{Catalog, Column, Location, NamespaceEntry, TableEntry, TableKind};
 use kalamdb_model::declared::{Access, DeletionPolicy, Durability, FlushPolicy, Kind, ObjectRef};
 use kalamdb_model::ids::{ColumnId, Generation, InstanceId, TableId, UserId};
@@ -83,12 +88,69 @@ pub fn batch(table: &TableEntry, own: Vec<ArrayRef>, first_seq: i64) -> RecordBa
     RecordBatch::try_new(table.arrow_schema(), columns).unwrap()
 }
 
-/// The catalog at `version`: each version has one namespace more, and the table's schema version counts along.
+/// A table with a column of each type, and rows with usual values, NULLs, and the ends of what the types hold.
+pub fn all_types() -> (TableEntry, RecordBatch) {
+    let table = table(&[
+        ("id", "BIGINT", true),
+        ("boolean", "BOOLEAN", false),
+        ("smallint", "SMALLINT", false),
+        ("int", "INT", false),
+        ("float", "FLOAT", false),
+        ("double", "DOUBLE", false),
+        ("price", "DECIMAL(18,4)", false),
+        ("wide", "DECIMAL(38,10)", false),
+        ("text", "TEXT", false),
+        ("bytes", "BYTES", false),
+        ("json", "JSON", false),
+        ("timestamp", "TIMESTAMP", false),
+        ("date", "DATE", false),
+        ("time", "TIME", false),
+        ("uuid", "UUID", false),
+        ("longs", "ARRAY<BIGINT>", false),
+        ("words", "ARRAY<TEXT>", false),
+    ]);
+    let decimals = |values: [Option<i128>; 3], precision, scale| {
+        Decimal128Array::from(values.to_vec()).with_precision_and_scale(precision, scale).unwrap()
+    };
+    let widest = 10_i128.pow(38) - 1;
+    let longs = [Some(vec![Some(1), None, Some(i64::MIN)]), None, Some(vec![])];
+    let mut words = ListBuilder::new(StringBuilder::new());
+    words.append_value([Some("a"), None, Some("")]);
+    words.append_null();
+    words.append_value(std::iter::empty::<Option<&str>>());
+    let uuids = [Some("67e55044-10b1-426f-9247-bb680e5fe0c8"), None, Some("ffffffff-ffff-ffff-ffff-ffffffffffff")];
+    let moments =
+        TimestampMicrosecondArray::from(vec![Some(1_732_000_000_000_001), None, Some(-62_135_596_800_000_000)]);
+    let own: Vec<ArrayRef> = vec![
+        Arc::new(Int64Array::from(vec![i64::MIN, 7, i64::MAX])),
+        Arc::new(BooleanArray::from(vec![Some(true), None, Some(false)])),
+        Arc::new(Int16Array::from(vec![Some(-300), None, Some(i16::MAX)])),
+        Arc::new(Int32Array::from(vec![Some(70_000), None, Some(i32::MIN)])),
+        Arc::new(Float32Array::from(vec![Some(1.5), None, Some(f32::INFINITY)])),
+        Arc::new(Float64Array::from(vec![Some(-2.25), None, Some(-0.0)])),
+        Arc::new(decimals([Some(12_345), None, Some(-1)], 18, 4)),
+        Arc::new(decimals([Some(widest), None, Some(-widest)], 38, 10)),
+        Arc::new(StringArray::from(vec![Some("grüß dich"), None, Some("")])),
+        Arc::new(BinaryArray::from(vec![Some(&[0_u8, 1, 0xFF][..]), None, Some(&[])])),
+        Arc::new(StringArray::from(vec![Some("{\"a\": 1.10}"), None, Some("null")])),
+        Arc::new(moments.with_timezone("UTC")),
+        Arc::new(Date32Array::from(vec![Some(20_000), None, Some(-1)])),
+        Arc::new(Time64MicrosecondArray::from(vec![Some(1), None, Some(86_399_999_999)])),
+        Arc::new(StringArray::from(uuids.to_vec())),
+        Arc::new(ListArray::from_iter_primitive::<Int64Type, _, _>(longs)),
+        Arc::new(words.finish()),
+    ];
+    let rows = batch(&table, own, 1_732_000_000_000_000);
+    (table, rows)
+}
+
+/// The catalog at `version`: each version has one namespace more, and the table's schema version counts along. Its
+/// nonce is its version.
 pub fn catalog(version: u64) -> Catalog {
     if version == 0 {
         return Catalog::default();
     }
-    let mut catalog = Catalog { version, next_table: 2, ..Catalog::default() };
+    let mut catalog = Catalog { version, nonce: format!("{version:032x}"), next_table: 2, ..Catalog::default() };
     for n in 1..=version {
         let name = SqlName::new(format!("ns{n}")).unwrap();
         let options = [("n".to_owned(), n.to_string())].into();
