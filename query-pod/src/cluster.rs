@@ -237,7 +237,7 @@ mod tests {
     use kalamdb_table_store::catalog_log::Appended;
     use kalamdb_table_store::paths;
     use kalamdb_test_support::pod::{MANIFESTS, eventually};
-    use kalamdb_write_buffer::{EncodedRow, row};
+    use kalamdb_write_buffer::row;
     use object_store::ObjectStoreExt as _;
     use object_store::memory::InMemory;
 
@@ -301,8 +301,8 @@ mod tests {
 
     async fn insert(parts: &Parts, table: &Arc<TableEntry>, owner: &Owner, id: i64) {
         let values = [Value::BigInt(id), Value::Text(format!("body {id}"))];
-        let encoded = EncodedRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
-        parts.engine.insert(table, owner, vec![NewRow { encoded, generated: false }]).await.unwrap();
+        let row = NewRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
+        parts.engine.write(table, owner).await.unwrap().insert(vec![row]).await.unwrap();
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -317,8 +317,8 @@ mod tests {
             parts.catalog.current().table(&TableName::parse("app.messages").unwrap()).cloned()
         };
         let owner = Owner::User(UserId::new("alice").unwrap());
-        let holds = |table: &Arc<TableEntry>| {
-            let rows = parts.engine.read(table, &owner, &[0], None).unwrap();
+        let holds = async |table: &Arc<TableEntry>| {
+            let rows = parts.engine.read(table, &owner, vec![0], None).await.unwrap();
             let buffered: usize = rows.buffered.iter().map(|batch| batch.num_rows()).sum();
             (buffered, rows.view.manifest.files.len())
         };
@@ -326,16 +326,16 @@ mod tests {
         insert(&parts, &old, &owner, 1).await;
         parts.engine.flush(&Engine::instance_id(&old, &owner)).await.unwrap();
         insert(&parts, &old, &owner, 2).await;
-        assert_eq!(holds(&old), (1, 1));
+        assert_eq!(holds(&old).await, (1, 1));
         assert!(serve(without).is_none());
         let new = serve(&doomed).unwrap();
         assert_ne!(new.id, old.id);
-        assert_eq!(holds(&new), (0, 0));
+        assert_eq!(holds(&new).await, (0, 0));
         for id in [1, 2] {
             insert(&parts, &new, &owner, id).await;
         }
         parts.engine.flush(&Engine::instance_id(&new, &owner)).await.unwrap();
-        assert_eq!(holds(&new), (0, 1));
+        assert_eq!(holds(&new).await, (0, 1));
         close(parts).await;
     }
 }

@@ -26,6 +26,8 @@ pub struct Metrics {
     pub flushes: Counter,
     /// Flushes that did not finish.
     pub flush_failures: Counter,
+    /// Compactions of instances.
+    pub compactions: Counter,
     /// Queries run.
     pub queries: Counter,
     /// Seconds per statement, from request to answer.
@@ -45,12 +47,14 @@ impl Default for Metrics {
         let statement_seconds = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
         let (rows_written, rows_flushed) = (Counter::default(), Counter::default());
         let (flushes, flush_failures, queries) = (Counter::default(), Counter::default(), Counter::default());
+        let compactions = Counter::default();
         let (catalog_version, catalog_refused) = (Gauge::default(), Gauge::default());
         let failures = Family::<Status, Counter>::default();
         registry.register("rows_written", "Rows acknowledged", rows_written.clone());
         registry.register("rows_flushed", "Rows moved into files", rows_flushed.clone());
         registry.register("flushes", "Files written by flushes", flushes.clone());
         registry.register("flush_failures", "Flushes that did not finish and are tried again", flush_failures.clone());
+        registry.register("compactions", "Compactions of one user's part of a table", compactions.clone());
         registry.register("queries", "Queries run", queries.clone());
         registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
         registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
@@ -72,6 +76,7 @@ impl Default for Metrics {
             rows_flushed,
             flushes,
             flush_failures,
+            compactions,
             queries,
             statement_seconds,
             catalog_version,

@@ -1,17 +1,15 @@
 //! Primary keys of rows in Arrow arrays, as the bytes that the write buffer and manifests order by.
 //!
-//! Owns: Arrow value → [`Value`] for the types that can be keys. Does not own: the encoding ([`kalamdb_model::key`]).
+//! Owns: which columns make the key, and their checks. Does not own: the encoding ([`kalamdb_model::key`]).
 
-use arrow_array::cast::AsArray;
-use arrow_array::types::{
-    Date32Type, Decimal128Type, Int16Type, Int32Type, Int64Type, Time64MicrosecondType, TimestampMicrosecondType,
-};
 use arrow_array::{Array, ArrayRef, RecordBatch};
-use arrow_schema::{DataType, Schema, TimeUnit};
+use arrow_schema::{DataType, Schema};
 use kalamdb_model::catalog::{Column, FIELD_ID_METADATA, TableEntry};
 use kalamdb_model::types::ColumnType;
 use kalamdb_model::value::Value;
 use kalamdb_model::{ColumnId, key};
+
+use crate::values::{self, ValueError};
 
 /// Why a row has no key.
 #[derive(Debug, thiserror::Error)]
@@ -115,13 +113,9 @@ pub(crate) fn position(schema: &Schema, id: ColumnId, name: &str) -> Option<usiz
     })
 }
 
-/// Whether an array holds what the column says. Time zones of timestamps are not compared: all are UTC.
+/// Whether an array holds what the column says, and that can be a key.
 fn check_type(column: &Column, found: &DataType) -> Result<(), KeyError> {
-    let fits = match &column.ty {
-        ColumnType::Timestamp => matches!(found, DataType::Timestamp(TimeUnit::Microsecond, _)),
-        ty => ty.can_be_key() && ty.arrow() == *found,
-    };
-    if fits {
+    if column.ty.can_be_key() && values::check_type(found, &column.ty).is_ok() {
         return Ok(());
     }
     Err(KeyError::Type { column: column.name.to_string(), expected: column.ty.clone(), found: found.clone() })
@@ -129,33 +123,12 @@ fn check_type(column: &Column, found: &DataType) -> Result<(), KeyError> {
 
 /// One value of an array whose type [`check_type`] accepted.
 pub(crate) fn value(column: &Column, array: &dyn Array, row: usize) -> Result<Value, KeyError> {
-    if array.is_null(row) {
-        return Err(KeyError::Null { column: column.name.to_string(), row });
+    match values::value(array, row, &column.ty) {
+        Ok(Value::Null) => Err(KeyError::Null { column: column.name.to_string(), row }),
+        Ok(value) => Ok(value),
+        Err(ValueError::Uuid { .. }) => Err(KeyError::Uuid { column: column.name.to_string(), row }),
+        Err(ValueError::Type { expected, found }) => {
+            Err(KeyError::Type { column: column.name.to_string(), expected, found })
+        }
     }
-    Ok(match &column.ty {
-        ColumnType::Boolean => Value::Boolean(array.as_boolean().value(row)),
-        ColumnType::SmallInt => Value::SmallInt(array.as_primitive::<Int16Type>().value(row)),
-        ColumnType::Int => Value::Int(array.as_primitive::<Int32Type>().value(row)),
-        ColumnType::BigInt => Value::BigInt(array.as_primitive::<Int64Type>().value(row)),
-        ColumnType::Decimal { .. } => Value::Decimal(array.as_primitive::<Decimal128Type>().value(row)),
-        ColumnType::Text => Value::Text(array.as_string::<i32>().value(row).to_owned()),
-        ColumnType::Bytes => Value::Bytes(array.as_binary::<i32>().value(row).to_vec()),
-        ColumnType::Timestamp => Value::Timestamp(array.as_primitive::<TimestampMicrosecondType>().value(row)),
-        ColumnType::Date => Value::Date(array.as_primitive::<Date32Type>().value(row)),
-        ColumnType::Time => Value::Time(array.as_primitive::<Time64MicrosecondType>().value(row)),
-        ColumnType::Uuid => {
-            let text = array.as_string::<i32>().value(row);
-            uuid(text).ok_or_else(|| KeyError::Uuid { column: column.name.to_string(), row })?
-        }
-        ColumnType::Float | ColumnType::Double | ColumnType::Json | ColumnType::Array(_) => {
-            let (column, expected, found) = (column.name.to_string(), column.ty.clone(), array.data_type().clone());
-            return Err(KeyError::Type { column, expected, found });
-        }
-    })
-}
-
-/// Only the form that is stored: another spelling would sort elsewhere than its key.
-fn uuid(text: &str) -> Option<Value> {
-    let canonical = !text.bytes().any(|byte| byte.is_ascii_uppercase()) && text.len() == 36;
-    if canonical { Value::from_text(text, &ColumnType::Uuid).ok() } else { None }
 }

@@ -5,8 +5,12 @@
 //!
 //! After a crash edits are applied again in their order; applying one twice changes nothing.
 
+use std::collections::BTreeMap;
+
 use kalamdb_model::ids::{Generation, InstanceId};
 use serde::{Deserialize, Serialize};
+
+use crate::positions::Positions;
 
 /// The format that this build writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
@@ -35,6 +39,23 @@ pub struct FileEntry {
     pub schema_version: u32,
     /// When it was written, microseconds since 1970.
     pub created_us: i64,
+    /// Rows that are deleted ones, kept for retention. Decided when the file is written.
+    #[serde(default, skip_serializing_if = "Positions::is_empty")]
+    pub tombstones: Positions,
+    /// When the first of them was deleted, microseconds since 1970; 0 without any.
+    #[serde(default)]
+    pub deleted_since_us: i64,
+    /// The file's deletion vector: rows of which a newer version lies in another file, or whose deletion does. Grows.
+    #[serde(default, skip_serializing_if = "Positions::is_empty")]
+    pub replaced: Positions,
+}
+
+impl FileEntry {
+    /// Rows that `SELECT` does not show.
+    #[must_use]
+    pub fn hidden(&self) -> Positions {
+        self.tombstones.union(&self.replaced)
+    }
 }
 
 /// All files of one instance, ordered by path.
@@ -67,6 +88,9 @@ pub struct Edit {
     pub add: Vec<FileEntry>,
     /// Paths of files that these replace.
     pub remove: Vec<String>,
+    /// Rows of other files that rows of `add` replace, by path.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub replace: BTreeMap<String, Positions>,
 }
 
 /// Why bytes are no manifest.
@@ -112,6 +136,11 @@ impl Manifest {
 pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
     let gone = |path: &String| edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path);
     let mut files: Vec<FileEntry> = manifest.files.iter().filter(|file| !gone(&file.path)).cloned().collect();
+    for file in &mut files {
+        if let Some(replaced) = edit.replace.get(&file.path) {
+            file.replaced = file.replaced.union(replaced);
+        }
+    }
     files.extend(edit.add.iter().cloned());
     files.sort_by(|a, b| a.path.cmp(&b.path));
     Manifest { format: manifest.format, files }
@@ -153,6 +182,9 @@ mod tests {
             max_seq: 2,
             schema_version: 1,
             created_us: 0,
+            tombstones: Positions::default(),
+            deleted_since_us: 0,
+            replaced: Positions::default(),
         }
     }
 
@@ -164,6 +196,7 @@ mod tests {
             last_seq: 1,
             add: add.iter().map(|n| file(&name(n))).collect(),
             remove: remove.iter().map(name).collect(),
+            replace: BTreeMap::new(),
         }
     }
 

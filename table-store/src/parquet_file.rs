@@ -1,7 +1,7 @@
 //! Writes the Parquet files of tables: sorted by key, each column bound to its catalog id.
 //!
 //! Owns: writer settings, file metadata, the check that keys rise. Does not own: names of files ([`crate::paths`]),
-//! uploads, or how scans read (DataFusion does; [`find_keys`] is for key checks).
+//! uploads, or how scans read (DataFusion does; [`locate_keys`] is for single keys).
 //!
 //! Settings, with the reasons of the layout measurements: ZSTD(1); row groups of 32,768 rows and pages of 1,024 (3 to 7
 //! times faster point reads and latest-N than 131,072 / 8,192, at most 30 % slower full scans); page index; dictionaries
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use arrow::row::{RowConverter, SortField};
 use arrow_array::cast::AsArray;
-use arrow_array::types::Int64Type;
+use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{ArrowError, SchemaRef};
 use kalamdb_model::catalog::TableEntry;
@@ -28,7 +28,8 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPrope
 use parquet::schema::types::SchemaDescriptor;
 
 pub use crate::key_columns::{KeyColumns, KeyError, key_of};
-pub use crate::parquet_read::{ReadError, find_keys};
+pub use crate::parquet_read::{ReadError, locate_keys};
+use crate::positions::Positions;
 
 /// Rows of a row group.
 pub const ROW_GROUP_ROWS: usize = 32_768;
@@ -70,6 +71,10 @@ pub struct FileStats {
     pub min_seq: i64,
     /// Largest `_seq`.
     pub max_seq: i64,
+    /// Rows that are deleted ones.
+    pub tombstones: Positions,
+    /// `_updated` of the first of them; 0 without any.
+    pub deleted_since_us: i64,
 }
 
 /// Why no file was written. What `out` got until then is no file.
@@ -93,6 +98,9 @@ pub enum WriteError<E: std::error::Error + 'static> {
         /// Row of the file.
         row: u64,
     },
+    /// More rows than a position can count.
+    #[error("a file holds at most {} rows", u32::MAX)]
+    TooManyRows,
     /// The writer failed.
     #[error("failed to write Parquet")]
     Parquet(#[source] ParquetError),
@@ -128,8 +136,8 @@ pub fn write<E: std::error::Error + 'static, W: Write + Send>(
     }
     writer.finish().map_err(WriteError::Parquet)?;
     let bytes = writer.bytes_written() as u64;
-    let Seen { rows, min_key, max_key, min_seq, max_seq } = seen;
-    Ok(FileStats { rows, bytes, min_key, max_key, min_seq, max_seq })
+    let Seen { rows, min_key, max_key, min_seq, max_seq, tombstones, deleted_since_us } = seen;
+    Ok(FileStats { rows: u64::from(rows), bytes, min_key, max_key, min_seq, max_seq, tombstones, deleted_since_us })
 }
 
 /// Gives a batch the table's schema with its field ids, which also checks types and NULLs.
@@ -163,11 +171,13 @@ fn take_head<E: std::error::Error + 'static>(
 /// What the file's entry says, gathered row by row; and the last key, which the next must exceed.
 #[derive(Default)]
 struct Seen {
-    rows: u64,
+    rows: u32,
     min_key: Vec<u8>,
     max_key: Vec<u8>,
     min_seq: i64,
     max_seq: i64,
+    tombstones: Positions,
+    deleted_since_us: i64,
 }
 
 impl Seen {
@@ -178,18 +188,25 @@ impl Seen {
     ) -> Result<(), WriteError<E>> {
         let keys = KeyColumns::find(table, batch).map_err(WriteError::Key)?;
         let seqs = batch.column(table.columns.len()).as_primitive::<Int64Type>();
+        let updated = batch.column(table.columns.len() + 1).as_primitive::<TimestampMicrosecondType>();
+        let deleted = batch.column(table.columns.len() + 2).as_boolean();
         for row in 0..batch.num_rows() {
             let (key, seq) = (keys.key(row).map_err(WriteError::Key)?, seqs.value(row));
             if self.rows == 0 {
                 self.min_key.clone_from(&key);
                 (self.min_seq, self.max_seq) = (seq, seq);
             } else if key <= self.max_key {
-                return Err(WriteError::Order { row: self.rows });
+                return Err(WriteError::Order { row: u64::from(self.rows) });
             }
             self.max_key = key;
             self.min_seq = self.min_seq.min(seq);
             self.max_seq = self.max_seq.max(seq);
-            self.rows += 1;
+            if deleted.value(row) {
+                let at = updated.value(row);
+                self.deleted_since_us = if self.tombstones.is_empty() { at } else { self.deleted_since_us.min(at) };
+                self.tombstones.insert(self.rows);
+            }
+            self.rows = self.rows.checked_add(1).ok_or(WriteError::TooManyRows)?;
         }
         Ok(())
     }

@@ -4,17 +4,19 @@
 //!
 //! An object that is missing, shorter or other than its manifest entry says is an error, never "no such key".
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::ArrowError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryFutureExt, TryStreamExt};
+use futures::{FutureExt, Stream, StreamExt, TryFutureExt, TryStreamExt};
 use kalamdb_model::catalog::{Column, TableEntry};
 use kalamdb_model::key;
+use kalamdb_model::value::Value;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
@@ -26,6 +28,8 @@ use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
 use crate::key_columns::{KeyColumns, KeyError, position, value};
 use crate::manifest::FileEntry;
+use crate::positions::Positions;
+use crate::values::{self, ValueError};
 
 /// Read from the end of a file at once: footer and page index of most files, and all of a small one.
 const FOOTER_BYTES: u64 = 64 << 10;
@@ -61,6 +65,30 @@ pub enum ReadError {
         /// In the file.
         found: i64,
     },
+    /// More rows than a position can count.
+    #[error("`{path}` has more than {} rows", u32::MAX)]
+    TooManyRows {
+        /// The file.
+        path: String,
+    },
+    /// Positions that the file does not have.
+    #[error("`{path}` has {found} of {expected} rows that were asked for")]
+    Positions {
+        /// The file.
+        path: String,
+        /// How many were asked for.
+        expected: u64,
+        /// How many there are.
+        found: usize,
+    },
+    /// A column is not the table's.
+    #[error("`{path}` does not fit its table")]
+    Value {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        source: ValueError,
+    },
     /// Its key columns are not the table's.
     #[error("`{path}` does not fit its table")]
     Key {
@@ -71,21 +99,21 @@ pub enum ReadError {
     },
 }
 
-/// Which of `keys` are in `file`, deleted rows included.
+/// Where in `file` each of `keys` is that it holds, whatever the file's deletion vector says.
 ///
 /// No request when the file's key range holds none of them; else its end, and the key columns of those row groups whose
 /// range does.
 ///
 /// # Errors
 /// If the file cannot be read whole.
-pub async fn find_keys(
+pub async fn locate_keys(
     store: &Arc<dyn ObjectStore>,
     file: &FileEntry,
     table: &TableEntry,
     keys: &BTreeSet<Vec<u8>>,
-) -> Result<BTreeSet<Vec<u8>>, ReadError> {
+) -> Result<BTreeMap<Vec<u8>, u32>, ReadError> {
     let mut missing: BTreeSet<&Vec<u8>> = keys.range(file.min_key.clone()..=file.max_key.clone()).collect();
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     if missing.is_empty() {
         return Ok(found);
     }
@@ -93,12 +121,20 @@ pub async fn find_keys(
     let wrong = |source| ReadError::Key { path: file.path.clone(), source };
     let builder = open(store, file).await?;
     let groups = groups_with(&builder, table, &missing).map_err(failed)?;
+    let mut positions = rows_of(&builder, &groups);
     let roots = table.key.iter().filter_map(|id| position(builder.schema(), *id, table.column(*id)?.name.as_str()));
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
     let reader = builder.with_projection(mask).with_row_groups(groups).with_batch_size(BATCH_ROWS);
     let mut batches = reader.build().map_err(failed)?;
     while let Some(batch) = batches.try_next().await.map_err(failed)? {
-        collect(table, &batch, &mut missing, &mut found).map_err(wrong)?;
+        let columns = KeyColumns::find(table, &batch).map_err(wrong)?;
+        for row in 0..batch.num_rows() {
+            let (key, at) = (columns.key(row).map_err(wrong)?, positions.next());
+            if missing.remove(&key) {
+                let at = at.ok_or_else(|| ReadError::TooManyRows { path: file.path.clone() })?;
+                found.insert(key, at);
+            }
+        }
         if missing.is_empty() {
             break;
         }
@@ -106,20 +142,65 @@ pub async fn find_keys(
     Ok(found)
 }
 
-fn collect(
+/// The rows of `file` at `positions`, in file order, with their values in the order of the table's columns.
+///
+/// # Errors
+/// If the file cannot be read, or does not have all of them.
+pub async fn read_rows(
+    store: &Arc<dyn ObjectStore>,
+    file: &FileEntry,
     table: &TableEntry,
-    batch: &RecordBatch,
-    missing: &mut BTreeSet<&Vec<u8>>,
-    found: &mut BTreeSet<Vec<u8>>,
-) -> Result<(), KeyError> {
-    let columns = KeyColumns::find(table, batch)?;
-    for row in 0..batch.num_rows() {
-        let key = columns.key(row)?;
-        if missing.remove(&key) {
-            found.insert(key);
-        }
+    positions: &Positions,
+) -> Result<Vec<Vec<Value>>, ReadError> {
+    let failed = |source| ReadError::File { path: file.path.clone(), source };
+    let builder = open(store, file).await?;
+    let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
+    let wanted = table.columns.iter();
+    let roots: Vec<usize> =
+        wanted.filter_map(|column| position(builder.schema(), column.id, column.name.as_str())).collect();
+    let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
+    let reader = builder.with_projection(mask).with_row_selection(positions.only(rows)).build().map_err(failed)?;
+    let mut found = Vec::new();
+    let mut batches = reader;
+    while let Some(batch) = batches.try_next().await.map_err(failed)? {
+        let rows = values::rows(table, &batch);
+        found.extend(rows.map_err(|source| ReadError::Value { path: file.path.clone(), source })?);
     }
-    Ok(())
+    if found.len() as u64 == positions.len() {
+        Ok(found)
+    } else {
+        Err(ReadError::Positions { path: file.path.clone(), expected: positions.len(), found: found.len() })
+    }
+}
+
+/// The rows of `file` but those at `without`, in file order.
+///
+/// # Errors
+/// If the file cannot be read; the stream ends at the first error.
+pub(crate) async fn read_all_but(
+    store: &Arc<dyn ObjectStore>,
+    file: &FileEntry,
+    without: &Positions,
+) -> Result<Pin<Box<dyn Stream<Item = Result<RecordBatch, ReadError>> + Send>>, ReadError> {
+    let path = file.path.clone();
+    let failed = move |source| ReadError::File { path: path.clone(), source };
+    let builder = open(store, file).await?;
+    let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
+    let selection = without.all_but(rows);
+    let batches = builder.with_row_selection(selection).with_batch_size(BATCH_ROWS).build().map_err(failed.clone())?;
+    Ok(batches.map_err(failed).boxed())
+}
+
+/// Positions in the file of the rows that reading `groups` gives.
+fn rows_of(
+    builder: &ParquetRecordBatchStreamBuilder<FileReader>,
+    groups: &[usize],
+) -> impl Iterator<Item = u32> + use<> {
+    let counts: Vec<u32> =
+        builder.metadata().row_groups().iter().map(|group| u32::try_from(group.num_rows()).unwrap_or(0)).collect();
+    let first = |group: usize| counts.iter().take(group).copied().fold(0, u32::saturating_add);
+    let ranges: Vec<_> = groups.iter().map(|group| (first(*group), counts.get(*group).copied().unwrap_or(0))).collect();
+    ranges.into_iter().flat_map(|(first, count)| first..first.saturating_add(count))
 }
 
 async fn open(

@@ -254,6 +254,7 @@ mod tests {
             last_seq: 99,
             add: Vec::new(),
             remove: (0..files).map(|n| format!("old/{n}")).collect(),
+            replace: std::collections::BTreeMap::new(),
         }
     }
 

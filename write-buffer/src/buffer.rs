@@ -85,6 +85,20 @@ pub struct EncodedRow {
     pub key: Vec<u8>,
     /// What [`crate::row::encode`] made.
     pub value: Vec<u8>,
+    /// What is known of older versions.
+    pub fresh: Fresh,
+}
+
+/// Whether files hold, or will hold, an older version of a row: if none does, no scan has to look for one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fresh {
+    /// They may.
+    No,
+    /// None does, and the buffer has none that could get into one.
+    Yes,
+    /// None does, and the only older version is a row of this generation: it is replaced, and never gets into a file, if
+    /// the statement comes into the same generation.
+    In(Generation),
 }
 
 /// Where a statement went.
@@ -168,9 +182,9 @@ impl WriteBuffer {
         for (index, row) in rows.iter().enumerate() {
             Header::parse(&row.value).map_err(|source| CommitError::Row { index, source })?;
         }
-        let keyed = |row: EncodedRow| (keys::row_key(&instance, Generation(0), &row.key), row.value);
-        let rows: Vec<(Vec<u8>, Vec<u8>)> = rows.into_iter().map(keyed).collect();
-        let bytes = rows.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let keyed = |row: EncodedRow| EncodedRow { key: keys::row_key(&instance, Generation(0), &row.key), ..row };
+        let rows: Vec<EncodedRow> = rows.into_iter().map(keyed).collect();
+        let bytes = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
         let (reply, answer) = oneshot::channel();
         self.reserve(bytes)?;
         if let Err(error) = self.enqueue(Item::Commit(Request { instance, rows, bytes, reply })) {
@@ -227,8 +241,7 @@ impl WriteBuffer {
         self.0.store.record(instance)
     }
 
-    /// Visits the rows of all generations above `after`, by generation and then by key, as of one moment. A key may
-    /// come once for each generation: the higher one is newer.
+    /// Visits the newest version of each row, deleted ones too, in generations above `after`, by key, as of one moment.
     ///
     /// # Errors
     /// If reading fails, or generations above `after` are being removed ([`ReadError::Reclaimed`]): never a shorter
@@ -263,15 +276,6 @@ impl WriteBuffer {
         self.0.store.get(instance, after, pk)
     }
 
-    /// Whether generations above `after` hold a row with that key whose newest version is not deleted. `false` says
-    /// nothing about files; with deleted rows in play, ask [`WriteBuffer::get`].
-    ///
-    /// # Errors
-    /// As [`WriteBuffer::scan`].
-    pub fn contains(&self, instance: &InstanceId, after: Generation, pk: &[u8]) -> Result<bool, ReadError> {
-        self.0.store.contains(instance, after, pk)
-    }
-
     /// Records, durably and at once, that generations up to `flushed` are in the files that `manifest` names. The same
     /// `flushed` again replaces the manifest.
     ///
@@ -294,6 +298,14 @@ impl WriteBuffer {
     #[must_use]
     pub fn dirty(&self) -> Vec<(InstanceId, Counters)> {
         self.0.store.dirty()
+    }
+
+    /// All instances that have files, or had some.
+    ///
+    /// # Errors
+    /// If reading fails.
+    pub fn published(&self) -> Result<Vec<InstanceId>, ReadError> {
+        self.0.store.published()
     }
 
     /// Reads pod state.

@@ -18,7 +18,7 @@ use kalamdb_model::{Generation, InstanceId};
 use rocksdb::WriteBatch;
 use tokio::sync::oneshot::Sender;
 
-use crate::buffer::{Applied, Committed, Options};
+use crate::buffer::{Applied, Committed, EncodedRow, Fresh, Options};
 use crate::error::CommitError;
 use crate::keys;
 use crate::row;
@@ -34,10 +34,10 @@ pub(crate) enum Item {
     Freeze { instance: InstanceId, reply: Sender<Result<Option<Generation>, CommitError>> },
 }
 
-/// One statement; its keys lack only the generation, its rows only `_seq` and `_updated`.
+/// One statement; its keys are whole row keys that lack only the generation, its values only what is stamped.
 pub(crate) struct Request {
     pub(crate) instance: InstanceId,
-    pub(crate) rows: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) rows: Vec<EncodedRow>,
     pub(crate) bytes: usize,
     pub(crate) reply: Sender<Result<Committed, CommitError>>,
 }
@@ -187,7 +187,7 @@ impl<'a> Round<'a> {
     }
 
     /// Adds a statement, whole or not at all.
-    fn add(&mut self, instance: &InstanceId, mut rows: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Committed, CommitError> {
+    fn add(&mut self, instance: &InstanceId, mut rows: Vec<EncodedRow>) -> Result<Committed, CommitError> {
         let now_us = self.now_us;
         let work = self.work(instance)?;
         let first = work.seq.checked_add(1).ok_or(CommitError::Exhausted)?.max(now_us);
@@ -195,13 +195,16 @@ impl<'a> Round<'a> {
         let last = first.checked_add(more).ok_or(CommitError::Exhausted)?;
         let (generation, look_up) = (work.active, work.base_has_rows && work.active == work.base);
         let offset = keys::generation_offset(instance);
-        for (index, ((key, value), seq)) in rows.iter_mut().zip(first..).enumerate() {
+        for (index, (EncodedRow { key, value, fresh }, seq)) in rows.iter_mut().zip(first..).enumerate() {
             keys::stamp(key, offset, generation);
             row::stamp(value, seq, now_us).map_err(|source| CommitError::Row { index, source })?;
+            if *fresh == Fresh::Yes || *fresh == Fresh::In(generation) {
+                row::mark_fresh(value);
+            }
         }
         let replaced = if look_up { self.stored_bytes(&rows)? } else { vec![None; rows.len()] };
         // From here on nothing fails.
-        for ((key, value), stored) in rows.into_iter().zip(replaced) {
+        for (EncodedRow { key, value, .. }, stored) in rows.into_iter().zip(replaced) {
             let bytes = key.len() + value.len();
             self.store.put_row(&mut self.batch, &key, &value);
             let before = self.written.insert(key, bytes).or(stored);
@@ -213,10 +216,10 @@ impl<'a> Round<'a> {
     }
 
     /// Bytes of key and value of each row that is stored already.
-    fn stored_bytes(&self, rows: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<Option<usize>>, CommitError> {
-        let stored = |(key, _): &(Vec<u8>, Vec<u8>)| {
-            let value = self.store.row_bytes(key).map_err(|source| CommitError::Read { source })?;
-            Ok(value.map(|value| value + key.len()))
+    fn stored_bytes(&self, rows: &[EncodedRow]) -> Result<Vec<Option<usize>>, CommitError> {
+        let stored = |row: &EncodedRow| {
+            let value = self.store.row_bytes(&row.key).map_err(|source| CommitError::Read { source })?;
+            Ok(value.map(|value| value + row.key.len()))
         };
         rows.iter().map(stored).collect()
     }

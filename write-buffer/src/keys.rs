@@ -9,7 +9,7 @@ use kalamdb_model::{Generation, InstanceId, Owner, ShardId, TableId, UserId};
 const SHARD_BYTES: usize = 2;
 const USER_LENGTH_BYTES: usize = 2;
 const TABLE_BYTES: usize = 4;
-const GENERATION_BYTES: usize = 4;
+pub(crate) const GENERATION_BYTES: usize = 4;
 /// Everything but the user and the primary key.
 const FIXED_BYTES: usize = SHARD_BYTES + USER_LENGTH_BYTES + TABLE_BYTES + GENERATION_BYTES;
 

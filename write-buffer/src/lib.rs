@@ -21,7 +21,7 @@ mod state;
 mod store;
 
 pub use batch::BatchBuilder;
-pub use buffer::{Applied, Committed, EncodedRow, FreeSpace, OnApplied, Options, WriteBuffer};
+pub use buffer::{Applied, Committed, EncodedRow, FreeSpace, Fresh, OnApplied, Options, WriteBuffer};
 pub use error::{CommitError, OpenError, ReadError};
 pub use keys::KeyError;
 pub use record::{Record, RecordError};

@@ -19,7 +19,6 @@ use crate::error::{OpenError, ReadError};
 use crate::keys;
 use crate::lock::DirectoryLock;
 use crate::record::{self, Part, Record};
-use crate::row::Header;
 use crate::state::{Counters, State, States};
 
 /// Rows.
@@ -45,6 +44,12 @@ const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// Share of a memtable: 1.3 MB of 64 make the look-up of a new key a bit test.
 const MEMTABLE_BLOOM_RATIO: f64 = 0.02;
 const RECLAIM_BATCH_ROWS: usize = 4_096;
+
+/// The rows of one generation.
+struct Source<'a> {
+    generation: Generation,
+    rows: DBRawIterator<'a>,
+}
 
 /// Sees one row at a time: generation, primary key, stored bytes. Ends the scan with `Break`.
 pub type Visit<'a> = &'a mut dyn FnMut(Generation, &[u8], &[u8]) -> ControlFlow<()>;
@@ -185,9 +190,50 @@ impl Store {
 
     pub(crate) fn scan(&self, instance: &InstanceId, after: Generation, visit: Visit<'_>) -> Result<(), ReadError> {
         let Some(first) = after.0.checked_add(1) else { return Ok(()) };
-        let from = keys::generation_prefix(instance, Generation(first));
-        let to = keys::successor(&keys::instance_prefix(instance));
-        self.visit(instance, after, (from, to), visit)
+        let offset = keys::generation_offset(instance);
+        let active = self.state(instance)?.active;
+        // The newest generation first: an older one has not changed since the newest began, so that what all of them show
+        // is the state at the moment of the first.
+        let generations = (first..=active.0).rev().map(Generation);
+        let mut sources: Vec<Source<'_>> = generations.map(|generation| self.source(instance, generation)).collect();
+        // After the iterators: a removal that begins from now on is not seen by them.
+        self.check_readable(instance, after)?;
+        let mut last: Vec<u8> = Vec::new();
+        loop {
+            let mut next: Option<(usize, &[u8])> = None;
+            for (index, source) in sources.iter().enumerate() {
+                let Some(key) = source.rows.key() else { continue };
+                let (_, pk) = split(key, offset)?;
+                // Equal keys: the newer generation comes first in the list, and wins.
+                if next.is_none_or(|(_, least)| pk < least) {
+                    next = Some((index, pk));
+                }
+            }
+            let Some((newest, pk)) = next else { break };
+            let value = sources[newest].rows.value().unwrap_or_default();
+            if visit(sources[newest].generation, pk, value).is_break() {
+                return Ok(());
+            }
+            last.clear();
+            last.extend(pk);
+            for source in &mut sources {
+                let same = source
+                    .rows
+                    .key()
+                    .is_some_and(|key| key.get(offset + keys::GENERATION_BYTES..) == Some(last.as_slice()));
+                if same {
+                    source.rows.next();
+                }
+            }
+        }
+        // An iterator ends at an error, too: without this a failing disk would shorten the answer.
+        sources.iter().try_for_each(|source| source.rows.status().map_err(reading))
+    }
+
+    fn source(&self, instance: &InstanceId, generation: Generation) -> Source<'_> {
+        let from = keys::generation_prefix(instance, generation);
+        let to = keys::successor(&from);
+        Source { generation, rows: self.rows(from, to) }
     }
 
     pub(crate) fn scan_generation(
@@ -250,13 +296,6 @@ impl Store {
         Ok(found)
     }
 
-    pub(crate) fn contains(&self, instance: &InstanceId, after: Generation, pk: &[u8]) -> Result<bool, ReadError> {
-        match self.get(instance, after, pk)? {
-            Some((_, row)) => Ok(!Header::parse(&row).map_err(|source| ReadError::Row { source })?.deleted),
-            None => Ok(false),
-        }
-    }
-
     pub(crate) fn publish(&self, instance: &InstanceId, flushed: Generation, manifest: &[u8]) -> Result<(), ReadError> {
         let _publishing = self.states.publishing(instance);
         let State { flushed: stored, active, last_seq, .. } = self.state(instance)?;
@@ -309,6 +348,21 @@ impl Store {
         rows.status().map_err(reading)?;
         self.db.write(batch).map_err(deleting)?;
         Ok(removed)
+    }
+
+    pub(crate) fn published(&self) -> Result<Vec<InstanceId>, ReadError> {
+        let mut records = self.db.raw_iterator_cf(self.family(INSTANCES));
+        records.seek_to_first();
+        let mut found = Vec::new();
+        while let Some(key) = records.key() {
+            let (instance, part) = keys::parse_instance(key).map_err(|source| ReadError::Key { source })?;
+            if part == [Part::Publication as u8] {
+                found.push(instance);
+            }
+            records.next();
+        }
+        records.status().map_err(reading)?;
+        Ok(found)
     }
 
     pub(crate) fn state_get(&self, key: &str) -> Result<Option<Vec<u8>>, ReadError> {

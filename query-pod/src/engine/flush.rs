@@ -5,6 +5,7 @@
 //! Every step may run twice: after a crash the frozen generation is still in the buffer, and either the commit stream
 //! has its edit (then it is published and nothing is written again) or a new attempt writes a file of another name.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use bytes::Bytes;
 use kalamdb_model::{Generation, InstanceId, Location, TableEntry};
+use kalamdb_table_store::Positions;
 use kalamdb_table_store::create::{self, Create, CreateError};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 use kalamdb_table_store::parquet_file;
@@ -19,8 +21,8 @@ use kalamdb_table_store::paths::{self, PathError};
 use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{CommitError, RowError};
 
-use super::instance::InstanceError;
-use super::read::Batches;
+use super::instance::{Instance, InstanceError, View};
+use super::read::{Batches, ReadError};
 use super::ship::ShipError;
 use super::storages::StoragesError;
 use super::{Disowned, EPOCH, Engine, RootKey, now_us};
@@ -71,9 +73,15 @@ pub enum FlushError {
     /// A row.
     #[error("a buffered row is damaged")]
     Row(#[from] RowError),
+    /// The rows that the flushed ones replace.
+    #[error("failed to look up what the rows replace in files")]
+    Located(#[from] ReadError),
     /// Encoding.
     #[error("failed to encode a file")]
     File(#[source] Box<parquet_file::WriteError<RowError>>),
+    /// Files that do not merge.
+    #[error("failed to compact files: {0}")]
+    Compact(String),
     /// The place.
     #[error("failed to resolve the place of the file")]
     Path(#[from] PathError),
@@ -150,12 +158,13 @@ impl Engine {
     ) -> Result<u64, FlushError> {
         let root = RootKey::of(&table.location);
         let started = std::time::Instant::now();
+        let replace = self.replaced_by(table, id, generation).await?;
         let (engine, of_table, of_id) = (Arc::clone(self), Arc::clone(table), id.clone());
         let file = tokio::task::spawn_blocking(move || engine.encode(&of_table, &of_id, generation)).await??;
         crash::point("flush.encoded");
         let rows = file.entry.rows;
         let size = file.entry.bytes;
-        let edit = self.upload(&table.location, id, generation, file).await?;
+        let edit = Edit { replace, ..self.upload(&table.location, id, generation, file).await? };
         crash::point("flush.uploaded");
         self.ship(&root, edit).await?;
         crash::point("flush.published");
@@ -172,6 +181,55 @@ impl Engine {
             "flushed an instance"
         );
         Ok(rows)
+    }
+
+    /// The rows of files that the rows of a frozen generation replace. Nothing changes them meanwhile: only a flush does,
+    /// and this is the one.
+    async fn replaced_by(
+        self: &Arc<Self>,
+        table: &Arc<TableEntry>,
+        id: &InstanceId,
+        generation: Generation,
+    ) -> Result<BTreeMap<String, Positions>, FlushError> {
+        let instance = self.instances.get(id)?;
+        loop {
+            let (engine, of) = (Arc::clone(self), Arc::clone(&instance));
+            let look = move || engine.known_replaced(&of, generation);
+            let (view, replaced, unknown) = tokio::task::spawn_blocking(look).await??;
+            if unknown.is_empty() {
+                return Ok(replaced);
+            }
+            let found = self.locate(table, &instance, &view, &unknown).await?;
+            instance.current.write().note(&view, found);
+        }
+    }
+
+    fn known_replaced(&self, instance: &Instance, generation: Generation) -> Result<Replaced, FlushError> {
+        let mut replaced: BTreeMap<String, Positions> = BTreeMap::new();
+        let mut unknown = BTreeSet::new();
+        let mut damaged = None;
+        let current = instance.current.read();
+        let view = Arc::clone(&current.view);
+        if view.manifest.files.is_empty() {
+            return Ok((view, replaced, unknown));
+        }
+        self.buffer.scan_generation(&instance.id, generation, &mut |_, key, row| {
+            match Header::parse(row) {
+                Ok(Header { fresh: true, .. }) => {}
+                Ok(_) => match current.located.get(key) {
+                    Some(Some(at)) => replaced.entry(at.path.to_string()).or_default().insert(at.row),
+                    Some(None) => {}
+                    None => drop(unknown.insert(key.to_vec())),
+                },
+                Err(error) => {
+                    damaged = Some(error);
+                    return ControlFlow::Break(());
+                }
+            }
+            ControlFlow::Continue(())
+        })?;
+        drop(current);
+        damaged.map_or(Ok((view, replaced, unknown)), |error| Err(error.into()))
     }
 
     fn encode(&self, table: &TableEntry, id: &InstanceId, generation: Generation) -> Result<Encoded, FlushError> {
@@ -217,11 +275,14 @@ impl Engine {
             max_seq: written.max_seq,
             schema_version: table.schema_version,
             created_us: now_us(),
+            tombstones: written.tombstones,
+            deleted_since_us: written.deleted_since_us,
+            replaced: Positions::default(),
         };
         Ok(Encoded { path, bytes: bytes.into(), entry })
     }
 
-    async fn upload(
+    pub(super) async fn upload(
         &self,
         location: &Location,
         id: &InstanceId,
@@ -236,15 +297,26 @@ impl Engine {
             Create::Lost(_) => return Err(FlushError::Garbled { path: file.path.to_string() }),
         }
         let last_seq = file.entry.max_seq;
-        Ok(Edit { instance: id.clone(), generation, last_seq, add: vec![file.entry], remove: Vec::new() })
+        Ok(Edit {
+            instance: id.clone(),
+            generation,
+            last_seq,
+            add: vec![file.entry],
+            remove: Vec::new(),
+            replace: BTreeMap::new(),
+        })
     }
 }
+
+/// The view that was looked at, what is replaced in its files, and keys nobody has looked for in them.
+type Replaced = (Arc<View>, BTreeMap<String, Positions>, BTreeSet<Vec<u8>>);
 
 /// Rows decoded at once: keeps the peak below two copies of the instance's buffered rows.
 const BATCH_ROWS: usize = 8_192;
 
-struct Encoded {
-    path: object_store::path::Path,
-    bytes: Bytes,
-    entry: FileEntry,
+/// A file that is ready to be uploaded.
+pub(super) struct Encoded {
+    pub(super) path: object_store::path::Path,
+    pub(super) bytes: Bytes,
+    pub(super) entry: FileEntry,
 }

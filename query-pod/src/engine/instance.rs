@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use kalamdb_model::{Generation, InstanceId};
-use kalamdb_table_store::manifest::{Manifest, ManifestError};
+use kalamdb_table_store::manifest::{FileEntry, Manifest, ManifestError};
 use kalamdb_write_buffer::WriteBuffer;
 use parking_lot::{Mutex, RwLock};
 
@@ -18,19 +18,53 @@ pub struct View {
     pub manifest: Manifest,
 }
 
+impl View {
+    /// The file under this path.
+    pub(super) fn file(&self, path: &str) -> Option<&FileEntry> {
+        let files = &self.manifest.files;
+        files.binary_search_by(|file| file.path.as_str().cmp(path)).ok().and_then(|at| files.get(at))
+    }
+}
+
+/// Where a file holds a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Position {
+    /// The file.
+    pub(super) path: Arc<str>,
+    /// The row, counted from 0.
+    pub(super) row: u32,
+}
+
+/// What is known of an instance's files.
+pub(super) struct Current {
+    pub(super) view: Arc<View>,
+    /// Where the files of `view` hold the newest version that they have of a key, or that they have none: of keys whose
+    /// buffered rows may replace one. What is missing here is looked up when it is needed.
+    pub(super) located: HashMap<Vec<u8>, Option<Position>>,
+}
+
+impl Current {
+    /// Takes note of what was looked up in the files of `view`; of no use when there are others by now.
+    pub(super) fn note(&mut self, view: &Arc<View>, found: HashMap<Vec<u8>, Option<Position>>) {
+        if Arc::ptr_eq(&self.view, view) {
+            self.located.extend(found);
+        }
+    }
+}
+
 /// One instance.
 pub struct Instance {
     pub(super) id: InstanceId,
     /// Held exclusively by statements that must read before they write, until their commit is applied; shared by those
     /// whose keys nobody else can have made.
-    pub(super) writes: tokio::sync::RwLock<()>,
+    pub(super) writes: Arc<tokio::sync::RwLock<()>>,
     /// Bytes of statements that are on their way into the buffer: checked with what is there, so that many at once do not
     /// pass a limit that each alone meets.
     pub(super) incoming: AtomicU64,
     /// Held by the one flush at a time.
     pub(super) flushes: tokio::sync::Mutex<()>,
-    /// Readers take view and buffer snapshot together under it; publishing takes it exclusively.
-    pub(super) view: RwLock<Arc<View>>,
+    /// Readers take view, buffer snapshot and positions together under it; publishing takes it exclusively.
+    pub(super) current: RwLock<Current>,
 }
 
 /// An instance's state cannot be read.
@@ -71,10 +105,10 @@ impl Instances {
         }
         let instance = Arc::new(Instance {
             id: id.clone(),
-            writes: tokio::sync::RwLock::default(),
+            writes: Arc::default(),
             incoming: AtomicU64::new(0),
             flushes: tokio::sync::Mutex::default(),
-            view: RwLock::new(Arc::new(view)),
+            current: RwLock::new(Current { view: Arc::new(view), located: HashMap::new() }),
         });
         loaded.insert(id.clone(), Arc::clone(&instance));
         Ok(instance)

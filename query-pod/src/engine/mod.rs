@@ -8,8 +8,11 @@
 //! published is found again in the commit stream before anything new is written to that storage. Where the streams tell
 //! that another process went on from this data, it is not served at all ([`Disowned`]).
 
+mod compact;
 mod flush;
+mod garbage;
 mod instance;
+mod locate;
 mod read;
 mod schedule;
 mod ship;
@@ -26,12 +29,13 @@ use kalamdb_write_buffer::{Applied, CommitError, Options, WriteBuffer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use compact::Compacted;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
 pub use read::{ReadError, Rows};
 pub use ship::Disowned;
 pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};
-pub use write::{NewRow, WriteError};
+pub use write::{NewRow, WriteError, Writing};
 
 use crate::catalog::{self, CatalogHandle, NotedCatalogError, ServeCatalogError};
 use crate::metrics::Metrics;
@@ -48,6 +52,9 @@ pub struct EngineLimits {
     /// Free bytes that writes leave on the data folder's disk.
     #[arg(long, default_value_t = 256 << 20)]
     pub disk_reserve_bytes: u64,
+    /// How long files that a compaction has replaced are kept, seconds: queries that began before read them.
+    #[arg(long, default_value_t = 3_600)]
+    pub garbage_after_secs: u64,
     /// Flushes at once per storage.
     #[arg(long, default_value_t = 8)]
     pub flushes_max: usize,
@@ -65,6 +72,8 @@ pub struct Engine {
     metrics: Arc<Metrics>,
     /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
     broken: AtomicBool,
+    /// One compaction at a time: half of the machine stays with requests.
+    compactions: tokio::sync::Semaphore,
     /// Set when the data is another's, for good.
     disowned: OnceLock<Disowned>,
     tasks: TaskTracker,
@@ -122,6 +131,7 @@ impl Engine {
             limits,
             metrics,
             broken: AtomicBool::new(false),
+            compactions: tokio::sync::Semaphore::new(1),
             disowned: OnceLock::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -129,6 +139,7 @@ impl Engine {
         engine.check_catalog()?;
         engine.pick_up_where_we_stopped()?;
         engine.spawn(schedule::run(Arc::clone(&engine)));
+        engine.spawn(garbage::run(Arc::clone(&engine)));
         Ok(engine)
     }
 

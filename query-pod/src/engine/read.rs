@@ -1,14 +1,19 @@
-//! What a scan of one instance reads: buffered rows as one batch, and the list of files.
+//! What a scan of one instance reads: buffered rows as one batch, the list of files, and which of their rows buffered
+//! ones replace.
 
+use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use kalamdb_model::{InstanceId, Owner, TableEntry};
+use kalamdb_table_store::Positions;
+use kalamdb_table_store::parquet_read;
 use kalamdb_table_store::paths::{self, PathError};
+use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{BatchBuilder, RowError};
 
-use super::instance::{InstanceError, View};
+use super::instance::{Instance, InstanceError, View};
 use super::storages::StoragesError;
 use super::{Disowned, Engine, RootKey};
 
@@ -16,8 +21,10 @@ use super::{Disowned, Engine, RootKey};
 pub struct Rows {
     /// Rows that are in no file; one batch, but for very much data.
     pub buffered: Vec<RecordBatch>,
-    /// The files; none of the buffered rows is in one.
+    /// The files.
     pub view: Arc<View>,
+    /// Rows of the files that newer, unflushed versions replace, by path.
+    pub replaced: HashMap<Arc<str>, Positions>,
     /// Where the files lie.
     pub root: RootKey,
 }
@@ -43,6 +50,15 @@ pub enum ReadError {
     /// Its store.
     #[error("the storage of the table is not usable")]
     Storage(#[from] StoragesError),
+    /// A file.
+    #[error("failed to look keys up in a file")]
+    File(#[from] parquet_read::ReadError),
+    /// Two files have the same row, and neither says that it was replaced.
+    #[error("two files of the instance hold the same row")]
+    Twice,
+    /// A worker thread was lost.
+    #[error("the read was interrupted")]
+    Interrupted(#[from] tokio::task::JoinError),
     /// A file that is not the owner's. Nothing is read then.
     #[error("a file of the instance lies outside its owner's prefix")]
     Foreign,
@@ -94,43 +110,89 @@ impl<'a> Batches<'a> {
     }
 }
 
+/// What was there at one moment, complete if nothing is unknown.
+struct Taken {
+    buffered: Vec<RecordBatch>,
+    view: Arc<View>,
+    replaced: HashMap<Arc<str>, Positions>,
+    /// Keys that may replace a row of a file nobody has looked for.
+    unknown: BTreeSet<Vec<u8>>,
+}
+
 impl Engine {
     /// The rows that `owner` has in `table`: buffered ones with the columns `projection` (positions in the table's Arrow
-    /// schema), at most `limit` of them, and the files. Blocking.
+    /// schema), at most `limit` of them, and the files with those of their rows that are replaced.
     ///
     /// # Errors
     /// If anything cannot be read; never fewer rows than there are.
-    pub fn read(
-        &self,
-        table: &TableEntry,
+    pub async fn read(
+        self: &Arc<Self>,
+        table: &Arc<TableEntry>,
         owner: &Owner,
-        projection: &[usize],
+        projection: Vec<usize>,
         limit: Option<usize>,
     ) -> Result<Rows, ReadError> {
         self.check_owned()?;
-        let id = Self::instance_id(table, owner);
-        let instance = self.instances.get(&id)?;
+        let instance = self.instances.get(&Self::instance_id(table, owner))?;
+        let projection: Arc<[usize]> = projection.into();
+        loop {
+            let (engine, of_table, of) = (Arc::clone(self), Arc::clone(table), Arc::clone(&instance));
+            let columns = Arc::clone(&projection);
+            let take = move || engine.take(&of_table, &of, &columns, limit);
+            let taken = tokio::task::spawn_blocking(take).await??;
+            if taken.unknown.is_empty() {
+                self.check_owner(table, &instance.id, &taken.view)?;
+                let root = RootKey::of(&table.location);
+                return Ok(Rows { buffered: taken.buffered, view: taken.view, replaced: taken.replaced, root });
+            }
+            // Once for rows from before a restart or of before a change of the files; afterwards they are known.
+            let found = self.locate(table, &instance, &taken.view, &taken.unknown).await?;
+            instance.current.write().note(&taken.view, found);
+        }
+    }
+
+    /// View, buffer and positions as of one moment. Blocking.
+    fn take(
+        &self,
+        table: &TableEntry,
+        instance: &Instance,
+        projection: &[usize],
+        limit: Option<usize>,
+    ) -> Result<Taken, ReadError> {
         let mut batches = Batches::new(table, projection, usize::MAX);
         let mut damaged = None;
-        // View and buffer under one lock: a flush published in between would show its rows twice or not at all.
-        let guard = instance.view.read();
-        let view = Arc::clone(&guard);
-        if limit != Some(0) {
-            self.buffer.scan(&id, view.flushed, &mut |_, _, row| match batches.push(row) {
-                Ok(()) if limit.is_some_and(|limit| batches.rows() >= limit) => ControlFlow::Break(()),
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    damaged = Some(error);
-                    ControlFlow::Break(())
+        let mut replaced: HashMap<Arc<str>, Positions> = HashMap::new();
+        let mut unknown = BTreeSet::new();
+        // All under one lock: a flush published in between would show its rows twice or not at all.
+        let current = instance.current.read();
+        let view = Arc::clone(&current.view);
+        let no_files = view.manifest.files.is_empty();
+        self.buffer.scan(&instance.id, view.flushed, &mut |_, key, row| {
+            let visited = Header::parse(row).and_then(|header| {
+                let full = limit.is_some_and(|limit| batches.rows() >= limit);
+                if !header.deleted && !full {
+                    batches.push(row)?;
                 }
-            })?;
+                // Every row that replaces one in a file counts, whether or not it is shown itself.
+                if !header.fresh && !no_files {
+                    match current.located.get(key) {
+                        Some(Some(at)) => replaced.entry(Arc::clone(&at.path)).or_default().insert(at.row),
+                        Some(None) => {}
+                        None => drop(unknown.insert(key.to_vec())),
+                    }
+                }
+                Ok(if full && no_files { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            });
+            visited.unwrap_or_else(|error| {
+                damaged = Some(error);
+                ControlFlow::Break(())
+            })
+        })?;
+        drop(current);
+        match damaged {
+            Some(error) => Err(error.into()),
+            None => Ok(Taken { buffered: batches.finish()?, view, replaced, unknown }),
         }
-        drop(guard);
-        if let Some(error) = damaged {
-            return Err(error.into());
-        }
-        self.check_owner(table, &id, &view)?;
-        Ok(Rows { buffered: batches.finish()?, view, root: RootKey::of(&table.location) })
     }
 
     /// The last fence before bytes are read: every file of the view lies below the prefix of its owner.

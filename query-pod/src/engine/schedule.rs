@@ -136,7 +136,7 @@ pub(super) async fn run(engine: Arc<Engine>) {
 }
 
 async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
-    let Ok(_slot) = slot.acquire().await else { return };
+    let Ok(slot) = slot.acquire_owned().await else { return };
     if engine.stop.is_cancelled() {
         return;
     }
@@ -146,6 +146,10 @@ async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
         tracing::warn!(table = id.table.0, error = %Chain(error), "a flush failed; its rows stay buffered, and it is tried again");
     }
     engine.schedule.done(&engine, &id, outcome.is_ok());
+    drop(slot);
+    if outcome.is_ok() {
+        engine.compact_after_flush(&id).await;
+    }
 }
 
 impl Engine {

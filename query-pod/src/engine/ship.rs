@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kalamdb_model::StorageName;
+use kalamdb_model::{Generation, StorageName};
 use kalamdb_table_store::manifest::{self, Edit};
 use kalamdb_table_store::stream::{self, Look, StreamError, StreamWriter};
 use kalamdb_write_buffer::row::Header;
@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use super::instance::{InstanceError, View};
+use super::instance::{InstanceError, Position, View};
 use super::storages::{StoragesError, Use};
 use super::{Engine, RootKey};
 use crate::crash;
@@ -185,17 +185,25 @@ impl Engine {
 
     /// Makes a committed edit visible: the record on disk and the view in memory change under the instance's lock.
     /// Blocking; running it twice changes nothing.
-    fn publish(&self, edit: &Edit) -> Result<(), PublishError> {
+    fn publish(&self, root: &RootKey, edit: &Edit) -> Result<(), PublishError> {
         // Outside the lock: rows of a frozen generation do not change, and only the shipper publishes.
         self.check_covered(edit)?;
         let instance = self.instances.get(&edit.instance)?;
-        let mut view = instance.view.write();
-        if view.flushed >= edit.generation {
+        let mut current = instance.current.write();
+        if is_published(&current.view, edit) {
             return Ok(());
         }
-        let manifest = manifest::apply(&view.manifest, edit);
-        self.buffer.publish(&edit.instance, edit.generation, &manifest.encode())?;
-        *view = Arc::new(View { flushed: edit.generation, manifest });
+        self.note_garbage(root, edit)?;
+        let manifest = manifest::apply(&current.view.manifest, edit);
+        self.buffer.publish(&edit.instance, edit.generation.max(current.view.flushed), &manifest.encode())?;
+        // Keys of which nothing was found may be in the new file; of the others those are still where they were whose rows
+        // the new file does not replace.
+        let stays = |at: &Position| {
+            let removed = edit.remove.iter().any(|path| **path == *at.path);
+            !removed && edit.replace.get(&*at.path).is_none_or(|replaced| !replaced.contains(at.row))
+        };
+        current.located.retain(|_, at| at.as_ref().is_some_and(stays));
+        current.view = Arc::new(View { flushed: edit.generation.max(current.view.flushed), manifest });
         Ok(())
     }
 
@@ -203,7 +211,7 @@ impl Engine {
     /// of its rows is newer than the files. Blocking.
     fn check_covered(&self, edit: &Edit) -> Result<(), PublishError> {
         let (generation, table) = (edit.generation, edit.instance.table.0);
-        let flushed = self.instances.get(&edit.instance)?.view.read().flushed;
+        let flushed = self.instances.get(&edit.instance)?.current.read().view.flushed;
         if flushed >= generation {
             return Ok(());
         }
@@ -213,17 +221,18 @@ impl Engine {
             return Err(PublishError::Uncovered(found));
         }
         let (mut newest, mut damaged) = (i64::MIN, None);
-        self.buffer.scan(&edit.instance, flushed, &mut |of, _, row| match Header::parse(row) {
-            _ if of > generation => ControlFlow::Break(()),
-            Ok(header) => {
-                newest = newest.max(header.seq);
-                ControlFlow::Continue(())
-            }
-            Err(error) => {
-                damaged = Some(error);
-                ControlFlow::Break(())
-            }
-        })?;
+        for of in flushed.0 + 1..=generation.0 {
+            self.buffer.scan_generation(&edit.instance, Generation(of), &mut |_, _, row| match Header::parse(row) {
+                Ok(header) => {
+                    newest = newest.max(header.seq);
+                    ControlFlow::Continue(())
+                }
+                Err(error) => {
+                    damaged = Some(error);
+                    ControlFlow::Break(())
+                }
+            })?;
+        }
         if let Some(error) = damaged {
             return Err(error.into());
         }
@@ -242,8 +251,8 @@ impl Engine {
         for edit in edits {
             let mut backoff = Backoff::default();
             loop {
-                let (engine, again) = (Arc::clone(self), edit.clone());
-                match tokio::task::spawn_blocking(move || engine.publish(&again)).await {
+                let (engine, of, again) = (Arc::clone(self), root.clone(), edit.clone());
+                match tokio::task::spawn_blocking(move || engine.publish(&of, &again)).await {
                     Ok(Ok(())) => break,
                     Ok(Err(PublishError::Uncovered(found))) => return Err(self.older_copy(root, found).into()),
                     Ok(Err(error)) => {
@@ -271,6 +280,15 @@ impl Engine {
 
     fn open_store(&self, root: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
         self.storages.store(&self.catalog.current(), root)
+    }
+}
+
+/// Whether `view` has what `edit` brings: a flush brings a generation, a compaction takes files away.
+fn is_published(view: &View, edit: &Edit) -> bool {
+    if edit.remove.is_empty() {
+        view.flushed >= edit.generation
+    } else {
+        edit.remove.iter().all(|path| view.file(path).is_none())
     }
 }
 

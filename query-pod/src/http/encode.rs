@@ -41,7 +41,7 @@ impl Answer {
     }
 
     /// The whole envelope; the last of its pieces keeps `held`.
-    pub(super) fn into_pieces<T: Send + 'static>(mut self, took_ms: f64, held: T) -> Vec<Bytes> {
+    pub fn into_pieces<T: Send + 'static>(mut self, took_ms: f64, held: T) -> Vec<Bytes> {
         self.open.push_str(&format!(r#"],"took":{took_ms:?},"error":null}}"#));
         self.pieces.push(body::piece(self.open, held));
         self.pieces

@@ -20,14 +20,16 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         error @ WriteError::Durability => ApiError::invalid("UNSUPPORTED", format!("{error}; nothing was written")),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Storage(error) => of_storage(&error),
-        error @ WriteError::File(_) => {
+        error @ (WriteError::File(_) | WriteError::Read(ReadError::File(_))) => {
             tracing::warn!(error = %crate::error::Chain(&error), "a write could not look its keys up");
             ApiError::unavailable(
                 "STORAGE_UNAVAILABLE",
                 "the storage of the table does not answer; nothing was written",
             )
         }
-        error @ (WriteError::Instance(_) | WriteError::Buffer(_) | WriteError::Read(_)) => ApiError::internal(&error),
+        error @ (WriteError::Instance(_) | WriteError::Buffer(_) | WriteError::Row(_) | WriteError::Read(_)) => {
+            ApiError::internal(&error)
+        }
     }
 }
 
@@ -56,9 +58,17 @@ pub(super) fn of_read(error: &ReadError) -> ApiError {
     match error {
         ReadError::Disowned(_) => not_owner(),
         ReadError::Storage(error) => of_storage(error),
-        ReadError::Instance(_) | ReadError::Buffer(_) | ReadError::Row(_) | ReadError::Path(_) | ReadError::Foreign => {
-            ApiError::internal(error)
+        ReadError::File(_) => {
+            tracing::warn!(error = %crate::error::Chain(error), "a read could not look keys up in files");
+            ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; try again")
         }
+        ReadError::Instance(_)
+        | ReadError::Buffer(_)
+        | ReadError::Row(_)
+        | ReadError::Path(_)
+        | ReadError::Twice
+        | ReadError::Interrupted(_)
+        | ReadError::Foreign => ApiError::internal(error),
     }
 }
 
@@ -69,17 +79,21 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
         FlushError::Disowned(_) => not_owner(),
         FlushError::Storage(error) => of_storage(error),
         FlushError::Freeze(error) => of_commit(error.clone()),
-        FlushError::Upload { .. } | FlushError::Garbled { .. } | FlushError::Ship(_) | FlushError::Waiting => {
-            ApiError::unavailable(
-                "STORAGE_UNAVAILABLE",
-                "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
-            )
-        }
+        FlushError::Upload { .. }
+        | FlushError::Located(ReadError::File(_))
+        | FlushError::Garbled { .. }
+        | FlushError::Ship(_)
+        | FlushError::Waiting => ApiError::unavailable(
+            "STORAGE_UNAVAILABLE",
+            "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
+        ),
         FlushError::TableGone
         | FlushError::NewerRows { .. }
         | FlushError::Instance(_)
         | FlushError::Buffer(_)
         | FlushError::Row(_)
+        | FlushError::Located(_)
+        | FlushError::Compact(_)
         | FlushError::File(_)
         | FlushError::Path(_)
         | FlushError::Interrupted(_) => ApiError::internal(error),

@@ -4,14 +4,16 @@
 //! session and is read again inside every scan ([`provider`]).
 
 mod amplify;
+mod assign;
 mod dialect;
+mod dml;
 mod engine_errors;
 mod exact;
 mod functions;
 mod information_schema;
-mod insert;
 pub mod params;
 pub mod parse;
+mod parse_dml;
 mod provider;
 mod query;
 mod rewrite;
@@ -66,6 +68,9 @@ pub struct SqlLimits {
     /// Queries at once, at most half of them of one user; others wait up to two seconds.
     #[arg(long, default_value_t = 64)]
     pub queries_max: usize,
+    /// Most bytes of rows that one INSERT … SELECT, UPDATE or DELETE reads.
+    #[arg(long, default_value_t = 64 << 20)]
+    pub statement_rows_bytes_max: usize,
     /// Largest answer, bytes of JSON.
     #[arg(long, default_value_t = 64 << 20)]
     pub answer_bytes_max: usize,
@@ -156,8 +161,11 @@ impl Sql {
         let snapshot = self.engine.catalog().current();
         match parse::parse(request.sql)? {
             Statement::Query(query) => Box::pin(self.query(request, &snapshot, *query)).await,
-            Statement::Insert(insert) => self.insert(request, &snapshot, &insert).await,
+            Statement::Insert(insert) => Box::pin(self.insert(request, &snapshot, *insert)).await,
+            Statement::Update(update) => Box::pin(self.update(request, &snapshot, *update)).await,
+            Statement::Delete(delete) => Box::pin(self.delete(request, &snapshot, *delete)).await,
             Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
+            Statement::Compact(target) => self.compact(request, &snapshot, &target).await,
         }
     }
 
@@ -199,6 +207,28 @@ impl Sql {
             .map_err(|error| ApiError::internal(&error))?
             .map_err(|error| engine_errors::of_flush(&error))?;
         Ok(Answer::affected(rows, format!("flushed {rows} row(s) of `{}`", table.name)))
+    }
+
+    /// `STORAGE COMPACT TABLE t`: for a user, his own files; for `dba` and `system`, everybody's.
+    async fn compact(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Snapshot,
+        target: &parse::TableRef,
+    ) -> Result<Answer, ApiError> {
+        let table = self.resolve(request, snapshot, target)?;
+        let all = request.identity.role >= Role::Dba;
+        let own = Owner::User(request.identity.user.clone());
+        let id = table.id;
+        let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
+        let engine = Arc::clone(&self.engine);
+        let compacting = tokio::spawn(async move { engine.compact_matching(matches).await });
+        let done = compacting
+            .await
+            .map_err(|error| ApiError::internal(&error))?
+            .map_err(|error| engine_errors::of_flush(&error))?;
+        let message = format!("compacted {} file(s) of `{}`", done.files, table.name);
+        Ok(Answer::affected(done.files, message))
     }
 
     /// The table that `target` names for this request.

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
     self, DuplicateTreatment, Expr, FunctionArg, FunctionArgExpr, FunctionArguments, Join, JoinConstraint, ObjectName,
-    ObjectNamePart, Query, SetExpr, TableFactor, TableObject, Visit, Visitor,
+    ObjectNamePart, Query, SetExpr, TableFactor, Visit, Visitor,
 };
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -12,6 +12,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, TokenWithSpan, Tokenizer};
 use kalamdb_model::{SqlName, TableName};
 
 use super::dialect::KalamDialect;
+use super::parse_dml::{self, Delete, Insert, Update};
 use super::{rewrite, unfolding, wildcard};
 use crate::error::ApiError;
 
@@ -20,10 +21,16 @@ use crate::error::ApiError;
 pub enum Statement {
     /// A query, or EXPLAIN of one.
     Query(Box<QueryStatement>),
-    /// `INSERT INTO t [(columns)] VALUES …`.
-    Insert(Box<InsertValues>),
+    /// `INSERT INTO t …`.
+    Insert(Box<Insert>),
+    /// `UPDATE t SET …`.
+    Update(Box<Update>),
+    /// `DELETE FROM t …`.
+    Delete(Box<Delete>),
     /// `STORAGE FLUSH TABLE t`.
     Flush(TableRef),
+    /// `STORAGE COMPACT TABLE t`.
+    Compact(TableRef),
 }
 
 /// A query with how it is to be answered.
@@ -33,17 +40,6 @@ pub struct QueryStatement {
     pub statement: ast::Statement,
     /// Whether any identifier in it is the name of a system column.
     pub names_system_columns: bool,
-}
-
-/// The parts of an INSERT.
-#[derive(Debug)]
-pub struct InsertValues {
-    /// Into which table.
-    pub table: TableRef,
-    /// Column names in order; empty: all, in table order.
-    pub columns: Vec<String>,
-    /// Rows of expressions.
-    pub rows: Vec<Vec<Expr>>,
 }
 
 /// A table as a statement names it.
@@ -66,6 +62,11 @@ const PARENTHESES_MAX: usize = 16;
 const DEPTH_MAX: usize = 64;
 
 impl TableRef {
+    /// As the statement wrote it, unquoted parts in lower case.
+    pub(super) fn joined(self) -> String {
+        self.0.join(".")
+    }
+
     /// The full name, with `namespace` where the statement has none.
     ///
     /// # Errors
@@ -96,8 +97,8 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
     check_names(&tokens)?;
     check_chains(&tokens)?;
     let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
-    if let Some(target) = storage_flush(&mut parser)? {
-        return Ok(Statement::Flush(target));
+    if let Some(statement) = storage(&mut parser)? {
+        return Ok(statement);
     }
     let statements = {
         let mut statements = Vec::new();
@@ -217,8 +218,8 @@ pub(super) fn shorten(message: &str) -> String {
     }
 }
 
-/// `STORAGE FLUSH TABLE name`, which the SQL parser does not know.
-fn storage_flush(parser: &mut Parser<'_>) -> Result<Option<TableRef>, ApiError> {
+/// `STORAGE FLUSH TABLE name` and `STORAGE COMPACT TABLE name`, which the SQL parser does not know.
+fn storage(parser: &mut Parser<'_>) -> Result<Option<Statement>, ApiError> {
     let word = |parser: &mut Parser<'_>, wanted: &str| {
         let matches =
             matches!(&parser.peek_token().token, Token::Word(word) if word.value.eq_ignore_ascii_case(wanted));
@@ -230,27 +231,34 @@ fn storage_flush(parser: &mut Parser<'_>) -> Result<Option<TableRef>, ApiError> 
     if !word(parser, "STORAGE") {
         return Ok(None);
     }
-    if !word(parser, "FLUSH") || !parser.parse_keyword(Keyword::TABLE) {
-        return Err(syntax_at(parser, "expected `STORAGE FLUSH TABLE namespace.table`"));
+    let statement = match (word(parser, "FLUSH"), word(parser, "COMPACT")) {
+        (true, false) => Statement::Flush,
+        (false, true) => Statement::Compact,
+        _ => return Err(syntax_at(parser, "expected `FLUSH` or `COMPACT`")),
+    };
+    if !parser.parse_keyword(Keyword::TABLE) {
+        return Err(syntax_at(parser, "expected `TABLE namespace.table`"));
     }
     let name = parser.parse_object_name(false).map_err(syntax)?;
     while parser.consume_token(&Token::SemiColon) {}
     if !matches!(parser.peek_token().token, Token::EOF) {
         return Err(syntax_at(parser, "expected the end of the statement"));
     }
-    table_ref(&name).map(Some)
+    Ok(Some(statement(table_ref(&name)?)))
 }
 
-fn refuse<T>(what: impl std::fmt::Display) -> Result<T, ApiError> {
+pub(super) fn refuse<T>(what: impl std::fmt::Display) -> Result<T, ApiError> {
     Err(ApiError::invalid(
         "UNSUPPORTED_STATEMENT",
-        format!("{what} is not supported; use SELECT, EXPLAIN, INSERT … VALUES or STORAGE FLUSH TABLE"),
+        format!(
+            "{what} is not supported; use SELECT, EXPLAIN, INSERT, UPDATE, DELETE, STORAGE FLUSH TABLE or STORAGE COMPACT TABLE"
+        ),
     ))
 }
 
 fn allow(statement: ast::Statement) -> Result<Statement, ApiError> {
     match statement {
-        ast::Statement::Query(_) => query(statement),
+        ast::Statement::Query(_) => query(statement).map(Box::new).map(Statement::Query),
         ast::Statement::Explain { statement: inner, analyze, verbose, format: None, options: None, .. } => {
             if !matches!(*inner, ast::Statement::Query(_)) {
                 return refuse("EXPLAIN of anything but a query");
@@ -265,9 +273,11 @@ fn allow(statement: ast::Statement) -> Result<Statement, ApiError> {
                 format: None,
                 options: None,
             };
-            query(explain)
+            query(explain).map(Box::new).map(Statement::Query)
         }
-        ast::Statement::Insert(insert) => insert_values(insert),
+        ast::Statement::Insert(insert) => parse_dml::insert(insert).map(Box::new).map(Statement::Insert),
+        ast::Statement::Update(update) => parse_dml::update(update).map(Box::new).map(Statement::Update),
+        ast::Statement::Delete(delete) => parse_dml::delete(delete).map(Box::new).map(Statement::Delete),
         other => refuse(format!("`{}`", kind_of(&other))),
     }
 }
@@ -279,7 +289,8 @@ fn kind_of(statement: &ast::Statement) -> String {
     shorten(&words.join(" ").chars().take(40).collect::<String>())
 }
 
-fn query(mut statement: ast::Statement) -> Result<Statement, ApiError> {
+/// Checks what is to be planned, at any depth.
+pub(super) fn query(mut statement: ast::Statement) -> Result<QueryStatement, ApiError> {
     let mut check = Check { names_system_columns: false, maps: 0 };
     if let ControlFlow::Break(error) = statement.visit(&mut check) {
         return Err(error);
@@ -287,7 +298,7 @@ fn query(mut statement: ast::Statement) -> Result<Statement, ApiError> {
     unfolding::check(&statement)?;
     let names_system_columns = check.names_system_columns;
     rewrite::query(&mut statement);
-    Ok(Statement::Query(Box::new(QueryStatement { statement, names_system_columns })))
+    Ok(QueryStatement { statement, names_system_columns })
 }
 
 /// Refuses what a query must not hold, at any depth.
@@ -474,7 +485,7 @@ fn body(body: &SetExpr) -> Option<&'static str> {
     }
 }
 
-fn table_ref(name: &ObjectName) -> Result<TableRef, ApiError> {
+pub(super) fn table_ref(name: &ObjectName) -> Result<TableRef, ApiError> {
     check_parts(name)?;
     let parts = name.0.iter().map(|part| match part {
         // Unquoted names are lower-cased, as everywhere in SQL.
@@ -483,57 +494,6 @@ fn table_ref(name: &ObjectName) -> Result<TableRef, ApiError> {
         ObjectNamePart::Function(_) => refuse("a function as a table name"),
     });
     parts.collect::<Result<_, _>>().map(TableRef)
-}
-
-fn insert_values(insert: ast::Insert) -> Result<Statement, ApiError> {
-    let plain = ast::Insert {
-        table: insert.table.clone(),
-        columns: insert.columns.clone(),
-        source: insert.source.clone(),
-        insert_token: insert.insert_token.clone(),
-        into: true,
-        has_table_keyword: insert.has_table_keyword,
-        optimizer_hints: Vec::new(),
-        or: None,
-        ignore: false,
-        table_alias: None,
-        overwrite: false,
-        assignments: Vec::new(),
-        partitioned: None,
-        after_columns: Vec::new(),
-        on: None,
-        returning: None,
-        output: None,
-        replace_into: false,
-        priority: None,
-        insert_alias: None,
-        settings: None,
-        format_clause: None,
-        multi_table_insert_type: None,
-        multi_table_into_clauses: Vec::new(),
-        multi_table_when_clauses: Vec::new(),
-        multi_table_else_clause: None,
-    };
-    if plain != insert {
-        return refuse("INSERT with ON CONFLICT, RETURNING or other clauses");
-    }
-    let TableObject::TableName(name) = &insert.table else { return refuse("INSERT into a function or query") };
-    let table = table_ref(name)?;
-    let columns = insert
-        .columns
-        .iter()
-        .map(|name| table_ref(name).map(|TableRef(parts)| parts.join(".")))
-        .collect::<Result<_, _>>()?;
-    let Some(source) = insert.source else { return refuse("INSERT … DEFAULT VALUES") };
-    let Query { with: None, body, order_by: None, limit_clause: None, fetch: None, locks, .. } = *source else {
-        return refuse("INSERT of a query");
-    };
-    let SetExpr::Values(values) = *body else { return refuse("INSERT … SELECT") };
-    if !locks.is_empty() {
-        return refuse("INSERT of a query");
-    }
-    let rows = values.rows.into_iter().map(|row| row.content).collect();
-    Ok(Statement::Insert(Box::new(InsertValues { table, columns, rows })))
 }
 
 #[cfg(test)]
@@ -558,8 +518,15 @@ mod tests {
             "PREPARE p AS SELECT 1",
             "BEGIN",
             "DROP TABLE t",
-            "UPDATE t SET a = 1",
-            "DELETE FROM t",
+            "UPDATE t SET a = 1 FROM u",
+            "UPDATE t SET (a, b) = (1, 2)",
+            "UPDATE t, u SET a = 1",
+            "UPDATE t SET a = 1 ORDER BY b LIMIT 1",
+            "DELETE FROM t USING u",
+            "DELETE FROM t, u",
+            "DELETE t FROM t JOIN u ON true",
+            "MERGE INTO t USING u ON true WHEN MATCHED THEN DELETE",
+            "REPLACE INTO t VALUES (1)",
             "TRUNCATE t",
             "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
             "WITH x AS (INSERT INTO t VALUES (1) RETURNING *) SELECT * FROM x",
@@ -567,9 +534,12 @@ mod tests {
             "SELECT * FROM t FOR UPDATE",
             "EXPLAIN INSERT INTO t VALUES (1)",
             "EXPLAIN DELETE FROM t",
-            "INSERT INTO t SELECT * FROM u",
-            "INSERT INTO t VALUES (1) ON CONFLICT DO NOTHING",
-            "INSERT INTO t VALUES (1) RETURNING *",
+            "INSERT INTO t SELECT * INTO v FROM u",
+            "INSERT INTO t VALUES (1) ON CONFLICT DO UPDATE SET a = 1",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET a = (SELECT 1)",
+            "INSERT INTO t VALUES (1) ON CONFLICT ON CONSTRAINT c DO NOTHING",
+            "INSERT INTO t VALUES (1) RETURNING _seq",
+            "DELETE FROM t RETURNING (SELECT 1)",
             "ATTACH DATABASE 'x' AS y",
             "LOAD DATA INPATH 'x' INTO TABLE y",
             "TABLE t",

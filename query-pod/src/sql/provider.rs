@@ -10,10 +10,12 @@ use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::memory::MemorySourceConfig;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::{DFSchema, ScalarValue};
+use datafusion::common::stats::Precision;
+use datafusion::common::{DFSchema, ScalarValue, Statistics};
 use datafusion::datasource::TableType;
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::object_store::ObjectStoreUrl;
+use datafusion::datasource::physical_plan::parquet::ParquetRowSelection;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::source::DataSourceExec;
 use datafusion::error::{DataFusionError, Result};
@@ -25,6 +27,7 @@ use datafusion::physical_expr_adapter::{
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::physical_plan::{ExecutionPlan, PhysicalExpr};
 use kalamdb_model::TableEntry;
+use kalamdb_table_store::Positions;
 use kalamdb_table_store::manifest::FileEntry;
 use object_store::ObjectMeta;
 
@@ -89,39 +92,62 @@ impl InstanceTable {
         projection: Option<&Vec<usize>>,
         filters: &[Expr],
         limit: Option<usize>,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
+    ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
         let mut source = ParquetSource::new(Arc::clone(&self.schema));
         // Files say nothing of NaN in their statistics, which is above every number: a filter on floats prunes nothing.
         let pruning: Vec<Expr> = filters.iter().filter(|filter| !self.names_floats(filter)).cloned().collect();
         if let Some(predicate) = self.predicate(state, &pruning)? {
             source = source.with_predicate(predicate);
         }
-        let partitions = state.config().target_partitions().clamp(1, rows.view.manifest.files.len());
-        let mut groups = vec![Vec::new(); partitions];
-        for (index, file) in rows.view.manifest.files.iter().enumerate() {
-            groups[index % partitions].push(partitioned(file)?);
+        let mut files = Vec::new();
+        let mut shown = 0;
+        for file in &rows.view.manifest.files {
+            if let Some((file, rows)) = partitioned(file, rows.replaced.get(file.path.as_str()))? {
+                files.push(file);
+                shown += rows;
+            }
         }
+        if files.is_empty() {
+            return Ok(None);
+        }
+        let partitions = state.config().target_partitions().clamp(1, files.len());
+        let mut groups = vec![Vec::new(); partitions];
+        for (index, file) in files.into_iter().enumerate() {
+            groups[index % partitions].push(file);
+        }
+        let statistics = Statistics { num_rows: Precision::Exact(shown), ..Statistics::new_unknown(&self.schema) };
         let config = FileScanConfigBuilder::new(ObjectStoreUrl::parse(store_url(&rows.root))?, Arc::new(source))
             .with_file_groups(groups.into_iter().map(FileGroup::new).collect())
             .with_projection_indices(projection.cloned())?
             .with_limit(limit)
+            .with_statistics(statistics)
             .with_expr_adapter(Some(Arc::new(Defaults::of(&self.table)?)))
             .build();
-        Ok(DataSourceExec::from_data_source(config))
+        Ok(Some(DataSourceExec::from_data_source(config)))
     }
 }
 
-fn partitioned(file: &FileEntry) -> Result<PartitionedFile> {
+/// The file without the rows that are deleted or replaced, in the file itself or by rows of the buffer, and how many
+/// that leaves; `None` if none.
+fn partitioned(file: &FileEntry, replaced: Option<&Positions>) -> Result<Option<(PartitionedFile, usize)>> {
+    let too_many = || DataFusionError::Internal(format!("a file of {} rows", file.rows));
+    let rows = u32::try_from(file.rows).map_err(|_| too_many())?;
+    let mut hidden = file.hidden();
+    if let Some(replaced) = replaced {
+        hidden = hidden.union(replaced);
+    }
+    let selection = hidden.all_but(rows);
+    let shown = selection.row_count();
+    if shown == 0 {
+        return Ok(None);
+    }
     let location =
         object_store::path::Path::parse(&file.path).map_err(|error| DataFusionError::External(Box::new(error)))?;
     let last_modified = chrono::DateTime::from_timestamp_micros(file.created_us).unwrap_or_default();
-    Ok(PartitionedFile::new_from_meta(ObjectMeta {
-        location,
-        last_modified,
-        size: file.bytes,
-        e_tag: None,
-        version: None,
-    }))
+    let object = ObjectMeta { location, last_modified, size: file.bytes, e_tag: None, version: None };
+    let found = PartitionedFile::new_from_meta(object);
+    let file = if hidden.is_empty() { found } else { found.with_extension(ParquetRowSelection::new(selection)) };
+    Ok(Some((file, shown)))
 }
 
 #[async_trait]
@@ -155,20 +181,19 @@ impl TableProvider for InstanceTable {
         let decoded = if filters.is_empty() { projection.cloned().unwrap_or(every) } else { every };
         let wanted_of_decoded = if filters.is_empty() { None } else { projection.cloned() };
         let bounded = if filters.is_empty() { limit } else { None };
-        let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
-        let rows = tokio::task::spawn_blocking(move || engine.read(&table, &owner, &decoded, bounded))
+        let rows = self
+            .engine
+            .read(&self.table, &owner, decoded, bounded)
             .await
-            .map_err(|error| DataFusionError::External(Box::new(error)))?
             .map_err(|error| external(super::engine_errors::of_read(&error)))?;
         let batches = rows.buffered.iter().map(|batch| self.filter(state, filters, batch.clone()));
         let batches: Vec<RecordBatch> = batches.collect::<Result<_>>()?;
         let schema = batches.first().map_or_else(|| Arc::clone(&self.schema), RecordBatch::schema);
         let hot = MemorySourceConfig::try_new_exec(&[batches], schema, wanted_of_decoded)?;
-        if rows.view.manifest.files.is_empty() {
-            return Ok(hot);
+        match self.files(state, &rows, projection, filters, bounded)? {
+            Some(cold) => UnionExec::try_new(vec![hot, cold]),
+            None => Ok(hot),
         }
-        let cold = self.files(state, &rows, projection, filters, bounded)?;
-        UnionExec::try_new(vec![hot, cold])
     }
 }
 
@@ -234,7 +259,8 @@ mod tests {
         catalog.serve(compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain).0);
         let table = Arc::new(catalog.current().catalog.tables.values().next().unwrap().clone());
         let storages = Storages::new(dir.path().to_owned(), Secrets::default());
-        let limits = EngineLimits { instance_bytes_max: 1 << 20, disk_reserve_bytes: 0, flushes_max: 1 };
+        let limits =
+            EngineLimits { instance_bytes_max: 1 << 20, disk_reserve_bytes: 0, flushes_max: 1, garbage_after_secs: 0 };
         let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::new(Metrics::default())).unwrap();
         let provider = InstanceTable::new(Arc::clone(&engine), table, false);
         let scan = async |config: SessionConfig| {

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::datatypes::DataType;
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, SchemaRef};
 use datafusion::common::tree_node::{TreeNode as _, TreeNodeRecursion};
 use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::error::DataFusionError;
@@ -17,6 +18,7 @@ use futures::StreamExt as _;
 use parquet::errors::ParquetError;
 
 use super::parse::{self, QueryStatement};
+use super::session::Given;
 use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
 use crate::engine::StoragesError;
@@ -32,6 +34,15 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
+        self.within_limits(request, Box::pin(self.run_query(request, snapshot, query))).await
+    }
+
+    /// Waits for a turn, and stops `work` when it takes too long.
+    async fn within_limits<T>(
+        &self,
+        request: &Request<'_>,
+        work: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
         let _turn = self.queries.take(&request.identity.user, 1, QUERY_WAIT).await.map_err(|full| {
             let message = match full {
                 Full::User(most) => format!("at most {most} queries of one user are run at once; try again"),
@@ -41,7 +52,7 @@ impl Sql {
         })?;
         self.metrics.queries.inc();
         let limit = Duration::from_secs(self.limits.query_timeout_secs);
-        match tokio::time::timeout(limit, self.run_query(request, snapshot, query)).await {
+        match tokio::time::timeout(limit, work).await {
             Ok(outcome) => outcome,
             Err(_) => {
                 let message = format!("the query ran longer than {} s and was stopped", limit.as_secs());
@@ -56,22 +67,80 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
+        let (state, plan) = Box::pin(self.plan(request, snapshot, query, Vec::new())).await?;
+        let inferred = parameter_types(&plan).map_err(invalid_parameter)?;
+        check_parameters(inferred.keys(), request.params.len())?;
+        let plan = bind(plan, &inferred, request)?;
+        let room = Room::new(Arc::clone(&self.answers_bytes), request.identity.user.clone());
+        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone(), room);
+        self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
+    }
+
+    /// The rows that a statement which writes has to read; `given` are tables that stand in for the catalog's.
+    pub(super) async fn rows(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        query: QueryStatement,
+        given: Vec<Given>,
+    ) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
+        let work = async {
+            let (state, plan) = Box::pin(self.plan(request, snapshot, query, given)).await?;
+            let inferred = parameter_types(&plan).map_err(invalid_parameter)?;
+            let plan = bind(plan, &inferred, request)?;
+            let work = collect(state, plan, Arc::clone(snapshot), self.limits.clone());
+            self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
+        };
+        self.within_limits(request, Box::pin(work)).await
+    }
+
+    async fn plan(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        query: QueryStatement,
+        given: Vec<Given>,
+    ) -> Result<(SessionState, LogicalPlan), ApiError> {
         let QueryStatement { mut statement, names_system_columns } = query;
         if names_system_columns {
             wildcard::expand(&mut statement, snapshot, request.namespace)?;
         }
         let explain = |error| of_datafusion(error, snapshot, &self.limits);
-        let state =
-            self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns).map_err(explain)?;
+        let state = self
+            .sessions
+            .open(request.identity, snapshot, request.namespace, names_system_columns, given)
+            .map_err(explain)?;
         let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
         // First of all: whatever else looks at a plan looks at it as often as it is heavy.
         weight::check(&plan)?;
         refuse_writes(&plan)?;
-        let plan = bind(plan, request)?;
-        let room = Room::new(Arc::clone(&self.answers_bytes), request.identity.user.clone());
-        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone(), room);
-        self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
+        Ok((state, plan))
     }
+}
+
+/// Optimizes and runs `plan`, and keeps what it gives.
+async fn collect(
+    state: SessionState,
+    plan: LogicalPlan,
+    snapshot: Arc<Snapshot>,
+    limits: super::SqlLimits,
+) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
+    let explain = |error| of_datafusion(error, &snapshot, &limits);
+    let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
+    let schema = physical.schema();
+    let mut stream = execute_stream(physical, state.task_ctx()).map_err(explain)?;
+    let (mut batches, mut bytes) = (Vec::new(), 0);
+    while let Some(batch) = stream.next().await {
+        let batch = batch.map_err(explain)?;
+        bytes += batch.get_array_memory_size();
+        if bytes > limits.statement_rows_bytes_max {
+            let limit = limits.statement_rows_bytes_max;
+            let message = format!("the statement touches more than {limit} bytes of rows; do it in parts");
+            return Err(ApiError::new(Kind::TooLarge, "TOO_MANY_ROWS", message));
+        }
+        batches.push(batch);
+    }
+    Ok((schema, batches))
 }
 
 /// Optimizes and runs `plan`.
@@ -108,10 +177,15 @@ fn refuse_writes(plan: &LogicalPlan) -> Result<(), ApiError> {
         .map_err(|_| ApiError::invalid("UNSUPPORTED_STATEMENT", "only queries are run; nothing was changed"))
 }
 
-fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiError> {
-    let invalid = |error: DataFusionError| ApiError::invalid("INVALID_PARAMETER", error.strip_backtrace());
-    let inferred = parameter_types(&plan).map_err(invalid)?;
-    check_numbers(&inferred, request.params.len())?;
+fn invalid_parameter(error: DataFusionError) -> ApiError {
+    ApiError::invalid("INVALID_PARAMETER", error.strip_backtrace())
+}
+
+fn bind(
+    plan: LogicalPlan,
+    inferred: &HashMap<String, Option<DataType>>,
+    request: &Request<'_>,
+) -> Result<LogicalPlan, ApiError> {
     if inferred.is_empty() {
         return Ok(plan);
     }
@@ -120,7 +194,7 @@ fn bind(plan: LogicalPlan, request: &Request<'_>) -> Result<LogicalPlan, ApiErro
         let wanted = inferred.get(&format!("${number}")).and_then(Option::as_ref);
         values.push(params::parameter(number, raw, wanted)?);
     }
-    plan.with_param_values(ParamValues::from(values)).map_err(invalid)
+    plan.with_param_values(ParamValues::from(values)).map_err(invalid_parameter)
 }
 
 /// The type that the planner inferred for each placeholder of `plan`; none where it has none, or more than one.
@@ -150,9 +224,9 @@ fn parameter_types(plan: &LogicalPlan) -> Result<HashMap<String, Option<DataType
 }
 
 /// Every placeholder is `$1`, `$2`, … and has a value; every value has a placeholder.
-fn check_numbers(inferred: &HashMap<String, Option<DataType>>, sent: usize) -> Result<(), ApiError> {
+pub(super) fn check_parameters<'n>(names: impl IntoIterator<Item = &'n String>, sent: usize) -> Result<(), ApiError> {
     let mut used = vec![false; sent];
-    for name in inferred.keys() {
+    for name in names {
         let number = name.strip_prefix('$').and_then(|digits| digits.parse::<usize>().ok()).filter(|n| *n >= 1);
         let Some(number) = number else {
             let message = format!("`{name}` is no parameter; use $1, $2, …");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, CatalogProviderList, SchemaProvider, TableFunction, TableProvider};
+use datafusion::datasource::MemTable;
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::SessionStateDefaults;
 use datafusion::execution::context::SessionState;
@@ -69,6 +70,7 @@ impl Sessions {
         snapshot: &Arc<Snapshot>,
         namespace: Option<&str>,
         system_columns: bool,
+        given: Vec<Given>,
     ) -> Result<SessionState> {
         let mut config = self.template.config().clone().with_extension(Arc::new(identity.clone()));
         if let Some(namespace) = namespace {
@@ -81,6 +83,7 @@ impl Sessions {
             snapshot: Arc::clone(snapshot),
             identity: identity.clone(),
             system_columns,
+            given,
         };
         let mut state = SessionStateBuilder::new_from_existing(self.template.clone())
             .with_config(config)
@@ -178,6 +181,21 @@ pub(super) struct Visible {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) identity: Identity,
     pub(super) system_columns: bool,
+    /// Looked at before the catalog.
+    given: Vec<Given>,
+}
+
+/// Rows of a statement that stand in for a table, in one query.
+pub(super) struct Given {
+    namespace: String,
+    table: String,
+    rows: Arc<MemTable>,
+}
+
+impl Given {
+    pub(super) fn new(namespace: &str, table: &str, rows: MemTable) -> Self {
+        Self { namespace: namespace.to_owned(), table: table.to_owned(), rows: Arc::new(rows) }
+    }
 }
 
 #[derive(Default)]
@@ -247,6 +265,10 @@ impl SchemaProvider for Tables {
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
+        let given = self.visible.given.iter().find(|given| given.namespace == self.schema && given.table == name);
+        if let Some(given) = given {
+            return Ok(Some(Arc::clone(&given.rows) as Arc<dyn TableProvider>));
+        }
         if self.schema == information_schema::NAME {
             return information_schema::table(&self.visible, name);
         }

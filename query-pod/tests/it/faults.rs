@@ -1,6 +1,6 @@
 //! The data plane over a store that fails before and after success: nothing lost, nothing doubled.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use kalamdb_table_store::Edit;
 use kalamdb_table_store::stream::{self, StreamWriter};
 use kalamdb_test_support::fault_store::{Fault, FaultStore, Rates};
 use kalamdb_test_support::pod::{MANIFESTS, eventually};
-use kalamdb_write_buffer::{EncodedRow, Options, WriteBuffer, row};
+use kalamdb_write_buffer::{Options, WriteBuffer, row};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -51,7 +51,8 @@ impl World {
         let faults = self.faults.clone();
         let open = Box::new(move |_: &_, _: Option<&_>, _| Ok(Arc::new(faults.clone()) as Arc<dyn ObjectStore>));
         let storages = Storages::opened_by(open, Secrets::default());
-        let limits = EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4 };
+        let limits =
+            EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4, garbage_after_secs: 0 };
         let engine = Engine::open(self.dir.path(), catalog.clone(), storages, limits, Arc::new(Metrics::default()))?;
         let table = catalog.current().table(&TableName::parse("app.messages")?).context("the table")?.clone();
         Ok((engine, table))
@@ -73,17 +74,17 @@ fn user(name: &str) -> anyhow::Result<Owner> {
     Ok(Owner::User(UserId::new(name)?))
 }
 
-async fn insert(engine: &Engine, table: &Arc<TableEntry>, owner: &Owner, id: i64) -> anyhow::Result<()> {
+async fn insert(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner, id: i64) -> anyhow::Result<()> {
     let values = [Value::BigInt(id), Value::Text(format!("body {id}"))];
-    let encoded = EncodedRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
-    engine.insert(table, owner, vec![NewRow { encoded, generated: false }]).await?;
+    let row = NewRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
+    engine.write(table, owner).await?.insert(vec![row]).await?;
     Ok(())
 }
 
 /// Every id that a reader sees, buffered or in files, with repetitions.
 async fn seen(world: &World, engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<Vec<i64>> {
     let ids = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
-    let rows = engine.read(table, owner, &[0], None)?;
+    let rows = engine.read(table, owner, vec![0], None).await?;
     ensure!(rows.root == RootKey::of(&table.location));
     let mut all: Vec<i64> = rows.buffered.iter().flat_map(ids).collect();
     for file in &rows.view.manifest.files {
@@ -141,7 +142,10 @@ async fn flushes_over_a_failing_store_lose_and_double_nothing_across_restarts() 
                 "seed {}: {name} after healing",
                 seed + round
             );
-            ensure!(engine.read(&table, &owner, &[0], None)?.buffered[0].num_rows() == 0, "everything is in files now");
+            ensure!(
+                engine.read(&table, &owner, vec![0], None).await?.buffered[0].num_rows() == 0,
+                "everything is in files now"
+            );
         }
         engine.close(Duration::from_secs(5)).await;
     }
@@ -182,7 +186,7 @@ async fn a_process_that_was_fenced_acknowledges_nothing_more() -> anyhow::Result
     ensure!(engine.disowned() == Some(&Disowned::Fenced));
     ensure!(insert(&engine, &table, &owner, 3).await.is_err(), "a fenced process acknowledged a row");
     // Whoever took over may have acknowledged rows that are not here.
-    ensure!(matches!(engine.read(&table, &owner, &[0], None), Err(ReadError::Disowned(_))));
+    ensure!(matches!(engine.read(&table, &owner, vec![0], None).await, Err(ReadError::Disowned(_))));
     engine.close(Duration::from_secs(1)).await;
     drop(engine);
     let (engine, table) = world.open()?;
@@ -210,7 +214,14 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
 
     // The former stream has a commit of the second generation, from before the row of this folder was written.
     let incarnation = world.incarnation().await?;
-    let edit = Edit { instance: id.clone(), generation: Generation(2), last_seq: 1, add: vec![], remove: vec![] };
+    let edit = Edit {
+        instance: id.clone(),
+        generation: Generation(2),
+        last_seq: 1,
+        add: vec![],
+        remove: vec![],
+        replace: BTreeMap::new(),
+    };
     StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2).append(vec![edit]).await?;
     let (engine, _) = world.open()?;
     engine.open_known_streams(PATIENCE).await?;
@@ -244,7 +255,7 @@ async fn an_upload_that_the_store_garbled_is_written_again_under_another_name() 
     ensure!(seen(&world, &engine, &table, &owner).await? == [1, 2]);
     ensure!(engine.flush(&id).await?.rows == 1);
     ensure!(seen(&world, &engine, &table, &owner).await? == [1, 2]);
-    let rows = engine.read(&table, &owner, &[0], None)?;
+    let rows = engine.read(&table, &owner, vec![0], None).await?;
     ensure!(rows.buffered[0].num_rows() == 0 && rows.view.manifest.files.len() == 2);
     ensure!(rows.view.manifest.files.iter().all(|file| file.path != garbled));
     engine.close(Duration::from_secs(5)).await;
@@ -270,15 +281,15 @@ async fn a_flush_that_failed_is_tried_again_without_another_write() -> anyhow::R
     let world = World::new(1, Rates::default())?;
     let (engine, table) = world.open_with(&MANIFESTS.replace("interval: 1h", "interval: 1s"))?;
     let owner = user("alice")?;
-    let buffered = || anyhow::Ok(engine.read(&table, &owner, &[0], None)?.buffered[0].num_rows());
+    let buffered = async || anyhow::Ok(engine.read(&table, &owner, vec![0], None).await?.buffered[0].num_rows());
     insert(&engine, &table, &owner, 1).await?;
-    eventually("the first row is flushed by its age", async || Ok(buffered()? == 0)).await?;
+    eventually("the first row is flushed by its age", async || Ok(buffered().await? == 0)).await?;
     world.faults.set_down(true);
     let before = world.faults.faults();
     insert(&engine, &table, &owner, 2).await?;
     eventually("a flush has failed", async || Ok(world.faults.faults() > before + 3)).await?;
     world.faults.set_down(false);
-    eventually("the second row is flushed by itself", async || Ok(buffered()? == 0)).await?;
+    eventually("the second row is flushed by itself", async || Ok(buffered().await? == 0)).await?;
     ensure!(seen(&world, &engine, &table, &owner).await? == [1, 2]);
     engine.close(Duration::from_secs(5)).await;
     Ok(())
@@ -306,13 +317,13 @@ async fn a_column_that_is_added_while_a_flush_waits_keeps_its_values() -> anyhow
     engine.serve_catalog(compiled)?;
     let table = engine.catalog().current().table(&table.name).context("the table")?.clone();
     let values = [Value::BigInt(2), Value::Text("b".into()), Value::Text("precious".into())];
-    let encoded = EncodedRow { key: key::encode(&values[..1]), value: row::encode(&table, &values) };
-    engine.insert(&table, &owner, vec![NewRow { encoded, generated: false }]).await?;
+    let row = NewRow { key: key::encode(&values[..1]), value: row::encode(&table, &values) };
+    engine.write(&table, &owner).await?.insert(vec![row]).await?;
     world.faults.set_down(false);
     let _ = waiting.await?;
     engine.flush(&id).await?;
     let mut notes = Vec::new();
-    for file in &engine.read(&table, &owner, &[0], None)?.view.manifest.files {
+    for file in &engine.read(&table, &owner, vec![0], None).await?.view.manifest.files {
         let path = object_store::path::Path::parse(&file.path)?;
         let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
         for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {

@@ -9,7 +9,7 @@ use arrow_array::RecordBatch;
 use bytes::Bytes;
 use kalamdb_table_store::catalog_log::{self, CatalogLog};
 use kalamdb_table_store::manifest::{self, Manifest};
-use kalamdb_table_store::parquet_file::{self, find_keys, key_of};
+use kalamdb_table_store::parquet_file::{self, key_of, locate_keys};
 use kalamdb_table_store::stream::{self, Body, StreamObject};
 use kalamdb_table_store::{Edit, FileEntry, paths};
 use object_store::ObjectStoreExt;
@@ -64,14 +64,15 @@ async fn a_stored_parquet_file_opens_with_the_same_rows() {
     let ((table, rows), bytes) = (all_types(), sample("all-types.parquet"));
     let batches = ParquetRecordBatchReaderBuilder::try_new(bytes.clone()).unwrap().build().unwrap();
     let found: Vec<RecordBatch> = batches.collect::<Result<_, _>>().unwrap();
-    assert_eq!(found, [rows.clone()]);
+    assert_eq!(found, std::slice::from_ref(&rows));
     let keys: Vec<Vec<u8>> = (0..rows.num_rows()).map(|row| key_of(&table, &rows, row).unwrap()).collect();
     let (min_key, max_key) = (keys[0].clone(), keys[2].clone());
     let entry = FileEntry { rows: 3, bytes: bytes.len() as u64, min_key, max_key, ..file(3) };
     let store = memory();
     store.put(&Path::parse(&entry.path).unwrap(), bytes.into()).await.unwrap();
     let keys = BTreeSet::from_iter(keys);
-    assert_eq!(find_keys(&store, &entry, &table, &keys).await.unwrap(), keys);
+    let located = locate_keys(&store, &entry, &table, &keys).await.unwrap();
+    assert_eq!(located.into_keys().collect::<BTreeSet<_>>(), keys);
 }
 
 /// Writes the samples that are missing; those that are there stay as they are.

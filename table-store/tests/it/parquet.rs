@@ -1,6 +1,6 @@
 //! Parquet files: what is written reads back, is laid out as promised, and answers which keys it holds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use arrow_array::{
 };
 use bytes::Bytes;
 use kalamdb_model::catalog::{FIELD_ID_METADATA, TableEntry};
-use kalamdb_table_store::FileEntry;
-use kalamdb_table_store::parquet_file::{self, FileStats, ReadError, WriteError, find_keys, key_of, metadata_keys};
+use kalamdb_table_store::parquet_file::{self, FileStats, ReadError, WriteError, key_of, locate_keys, metadata_keys};
+use kalamdb_table_store::{FileEntry, Positions};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
@@ -39,6 +39,9 @@ fn entry(stats: &FileStats) -> FileEntry {
         max_seq: stats.max_seq,
         schema_version: 3,
         created_us: 0,
+        tombstones: stats.tombstones.clone(),
+        deleted_since_us: stats.deleted_since_us,
+        replaced: Positions::default(),
     }
 }
 
@@ -102,10 +105,11 @@ pub async fn keys_are_found_in_files_of_every_key_type(store: Store) {
         let file = upload(&store, &table, vec![written]).await;
         let key = |row: usize| key_of(&table, &rows, row).unwrap();
         let wanted: BTreeSet<_> = (0..rows.num_rows()).map(key).collect();
-        let expected: BTreeSet<_> = (0..rows.num_rows()).filter(|row| row % 2 == 0).map(key).collect();
-        assert_eq!(find_keys(&store, &file, &table, &wanted).await.unwrap(), expected, "{:?}", table.columns[1].ty);
+        let expected: BTreeMap<_, u32> =
+            (0..).zip((0..rows.num_rows()).step_by(2).map(key)).map(|(at, key)| (key, at)).collect();
+        assert_eq!(locate_keys(&store, &file, &table, &wanted).await.unwrap(), expected, "{:?}", table.columns[1].ty);
         let absent = BTreeSet::from([key(1), key(39), vec![], vec![0xFF; 9]]);
-        assert!(find_keys(&store, &file, &table, &absent).await.unwrap().is_empty());
+        assert!(locate_keys(&store, &file, &table, &absent).await.unwrap().is_empty());
     }
 }
 
@@ -114,17 +118,17 @@ pub async fn a_file_that_is_not_what_its_entry_says_is_an_error(store: Store) {
     let rows = batch(&table, vec![longs(0..9_000), texts((0..9_000).map(|n| format!("{n}")))], 1);
     let keys = BTreeSet::from([key_of(&table, &rows, 5).unwrap()]);
     let file = upload(&store, &table, vec![rows]).await;
-    assert_eq!(find_keys(&store, &file, &table, &keys).await.unwrap(), keys);
+    assert_eq!(locate_keys(&store, &file, &table, &keys).await.unwrap().into_values().collect::<Vec<_>>(), [5]);
     let fewer = FileEntry { rows: 8_999, ..file.clone() };
-    assert!(matches!(find_keys(&store, &fewer, &table, &keys).await, Err(ReadError::Rows { .. })));
+    assert!(matches!(locate_keys(&store, &fewer, &table, &keys).await, Err(ReadError::Rows { .. })));
     let path = Path::parse(&file.path).unwrap();
     let bytes = store.get(&path).await.unwrap().bytes().await.unwrap();
     store.put(&path, PutPayload::from_bytes(bytes.slice(..bytes.len() / 2))).await.unwrap();
-    assert!(matches!(find_keys(&store, &file, &table, &keys).await, Err(ReadError::File { .. })));
+    assert!(matches!(locate_keys(&store, &file, &table, &keys).await, Err(ReadError::File { .. })));
     store.delete(&path).await.unwrap();
-    assert!(matches!(find_keys(&store, &file, &table, &keys).await, Err(ReadError::File { .. })));
+    assert!(matches!(locate_keys(&store, &file, &table, &keys).await, Err(ReadError::File { .. })));
     let elsewhere = BTreeSet::from([vec![0xFF; 8]]);
-    assert!(find_keys(&store, &file, &table, &elsewhere).await.unwrap().is_empty(), "no request is needed");
+    assert!(locate_keys(&store, &file, &table, &elsewhere).await.unwrap().is_empty(), "no request is needed");
 }
 
 fn read(bytes: &Bytes) -> ParquetRecordBatchReaderBuilder<Bytes> {
@@ -260,7 +264,8 @@ async fn only_row_groups_whose_range_holds_a_key_are_read() {
     let file = upload(&truth, &table, vec![rows]).await;
     let counted = Arc::new(crate::parquet::counted::Counted::new(truth));
     let store: Store = Arc::clone(&counted) as Store;
-    assert_eq!(find_keys(&store, &file, &table, &wanted).await.unwrap(), wanted);
+    let located = locate_keys(&store, &file, &table, &wanted).await.unwrap();
+    assert_eq!(located.into_keys().collect::<BTreeSet<_>>(), wanted);
     let read = counted.bytes();
     assert!(read < 400_000 && file.bytes > 3_000_000, "{read} of {} bytes", file.bytes);
 }

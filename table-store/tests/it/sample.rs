@@ -1,5 +1,6 @@
 //! Small valid catalogs, tables, edits and rows.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow_array::builder::{ListBuilder, StringBuilder};
@@ -12,6 +13,7 @@ use kalamdb_model::catalog::{Catalog, Column, Location, NamespaceEntry, TableEnt
 use kalamdb_model::declared::{Access, DeletionPolicy, Durability, FlushPolicy, Kind, ObjectRef};
 use kalamdb_model::ids::{ColumnId, Generation, InstanceId, TableId, UserId};
 use kalamdb_model::names::{SqlName, StorageName, TableName};
+use kalamdb_table_store::Positions;
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 
 pub fn object(kind: Kind, name: &str) -> ObjectRef {
@@ -30,6 +32,9 @@ pub fn file(n: u64) -> FileEntry {
         max_seq: 1_732_000_000_000_009,
         schema_version: 1,
         created_us: 1_732_000_000_000_010,
+        tombstones: Positions::default(),
+        deleted_since_us: 0,
+        replaced: Positions::default(),
     }
 }
 
@@ -40,6 +45,7 @@ pub fn edit(n: u64) -> Edit {
         last_seq: i64::try_from(n).unwrap(),
         add: vec![file(n)],
         remove: if n.is_multiple_of(3) { vec![format!("old/{n}")] } else { Vec::new() },
+        replace: BTreeMap::new(),
     }
 }
 

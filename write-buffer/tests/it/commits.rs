@@ -1,13 +1,14 @@
 //! Statements: whole, in order, durable.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use kalamdb_model::Generation;
 use kalamdb_write_buffer::row::{self, RowView};
-use kalamdb_write_buffer::{CommitError, Counters, EncodedRow, Options, WriteBuffer};
+use kalamdb_write_buffer::{CommitError, Counters, EncodedRow, Fresh, Options, WriteBuffer};
 use parking_lot::Mutex;
 
 use crate::support::{instance, message, open, options, pk, scan};
@@ -32,7 +33,7 @@ async fn a_statement_with_one_bad_row_stores_none() {
     let directory = tempfile::tempdir().unwrap();
     let buffer = open(directory.path());
     let alice = instance("alice");
-    let bad = EncodedRow { key: pk(2), value: vec![9, 9, 9] };
+    let bad = EncodedRow { key: pk(2), value: vec![9, 9, 9], fresh: Fresh::Yes };
     let error = buffer.commit(alice.clone(), vec![message(1, "a"), bad]).await.expect_err("refused");
     assert!(matches!(error, CommitError::Row { index: 1, .. }), "{error}");
     assert!(matches!(buffer.commit(alice.clone(), vec![]).await, Err(CommitError::Empty)));
@@ -52,7 +53,7 @@ async fn no_user_sees_the_rows_of_another() {
         let rows = scan(&buffer, &instance(user), NONE);
         assert_eq!(rows.keys().copied().collect::<Vec<i64>>(), [id], "{user}");
         assert_eq!(rows[&id].body, user);
-        assert!(!buffer.contains(&instance(user), NONE, &pk(id + 1)).unwrap());
+        assert!(buffer.get(&instance(user), NONE, &pk(id + 1)).unwrap().is_none());
     }
 }
 
@@ -221,14 +222,22 @@ async fn the_newest_version_of_a_row_is_found_across_generations() {
     let alice = instance("alice");
     buffer.commit(alice.clone(), vec![message(1, "old")]).await.unwrap();
     buffer.freeze(alice.clone()).await.unwrap();
-    assert!(buffer.contains(&alice, NONE, &pk(1)).unwrap());
+    assert!(buffer.get(&alice, NONE, &pk(1)).unwrap().is_some());
     let mut deleted = message(1, "new");
     row::mark_deleted(&mut deleted.value);
     buffer.commit(alice.clone(), vec![deleted]).await.unwrap();
     let (generation, stored) = buffer.get(&alice, NONE, &pk(1)).unwrap().unwrap();
     assert_eq!(generation, Generation(2));
     assert!(RowView::parse(&stored).unwrap().deleted());
-    assert!(!buffer.contains(&alice, NONE, &pk(1)).unwrap());
+    let mut seen = Vec::new();
+    let visit = &mut |generation, pk: &[u8], row: &[u8]| {
+        seen.push((generation, pk.to_vec(), RowView::parse(row).unwrap().deleted()));
+        ControlFlow::Continue(())
+    };
+    buffer.commit(alice.clone(), vec![message(0, "before"), message(2, "after")]).await.unwrap();
+    buffer.scan(&alice, NONE, visit).unwrap();
+    let expected = [(0, false), (1, true), (2, false)].map(|(id, deleted)| (Generation(2), pk(id), deleted));
+    assert_eq!(seen, expected, "each row once, by key");
     assert!(buffer.get(&alice, Generation(2), &pk(1)).unwrap().is_none());
 }
 

@@ -71,7 +71,7 @@ async fn rows_are_removed_only_once_and_a_reader_of_removed_rows_is_told() {
     assert_eq!(rows.len(), 1);
     let stale = buffer.scan(&alice, NONE, &mut |_, _, _| ControlFlow::Continue(()));
     assert!(matches!(stale, Err(ReadError::Reclaimed { .. })), "{stale:?}");
-    assert!(matches!(buffer.contains(&alice, NONE, b"k"), Err(ReadError::Reclaimed { .. })));
+    assert!(matches!(buffer.get(&alice, NONE, b"k"), Err(ReadError::Reclaimed { .. })));
 }
 
 #[tokio::test]

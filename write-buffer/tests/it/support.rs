@@ -10,7 +10,7 @@ use kalamdb_model::{
     Column, ColumnId, ColumnType, Generation, InstanceId, SqlName, StorageName, TableId, TableName, UserId, Value, key,
 };
 use kalamdb_write_buffer::row::{self, RowView};
-use kalamdb_write_buffer::{EncodedRow, Options, WriteBuffer};
+use kalamdb_write_buffer::{EncodedRow, Fresh, Options, WriteBuffer};
 
 /// Options that ask nothing of the machine's disk.
 pub fn options() -> Options {
@@ -74,7 +74,7 @@ pub fn pk(id: i64) -> Vec<u8> {
 
 pub fn message(id: i64, body: &str) -> EncodedRow {
     let values = [Value::BigInt(id), Value::Text(body.to_owned())];
-    EncodedRow { key: pk(id), value: row::encode(&messages(), &values) }
+    EncodedRow { key: pk(id), value: row::encode(&messages(), &values), fresh: Fresh::Yes }
 }
 
 /// A stored message: its generation, `_seq` and body.

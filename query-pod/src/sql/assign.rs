@@ -1,7 +1,7 @@
-//! `INSERT INTO t [(columns)] VALUES …`: from expressions to checked, encoded rows.
+//! Values on their way into columns: literals, parameters, defaults and what is computed.
 
-use std::cell::OnceCell;
 use std::sync::Arc;
+use std::sync::OnceLock;
 
 use arrow::array::{Array as _, ArrayRef};
 use arrow::datatypes::DataType;
@@ -15,98 +15,37 @@ use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::sql::sqlparser::ast::{Expr, UnaryOperator, Value as Literal};
 use kalamdb_model::defaults::{DefaultCall, DefaultExpr};
 use kalamdb_model::names::SYSTEM_COLUMNS;
-use kalamdb_model::{Column, ColumnType, TableEntry, Value, key};
-use kalamdb_write_buffer::{EncodedRow, row};
+use kalamdb_model::{Column, ColumnType, TableEntry, Value};
 use serde_json::value::RawValue;
 
-use super::parse::InsertValues;
-use super::{Request, Sql, engine_errors, owner_for, rewrite};
+use super::{Request, Sql, rewrite};
 use crate::catalog::Snapshot;
-use crate::engine::{NewRow, now_us};
-use crate::error::{ApiError, Kind};
-use crate::http::encode::Answer;
-
-/// Largest primary key, encoded: every file's smallest and largest key stand in its manifest.
-const KEY_BYTES_MAX: usize = 8 << 10;
-
-/// A row before encoding: values in table order, and whether the whole key was generated.
-struct Row {
-    values: Vec<Value>,
-    generated_key: bool,
-}
-
-impl Sql {
-    pub(super) async fn insert(
-        &self,
-        request: &Request<'_>,
-        snapshot: &Arc<Snapshot>,
-        insert: &InsertValues,
-    ) -> Result<Answer, ApiError> {
-        let table = Arc::clone(self.resolve(request, snapshot, &insert.table)?);
-        let owner = owner_for(&table, request.identity, true)?;
-        let (count, limit) = (insert.rows.len(), self.limits.insert_rows_max);
-        if count > limit {
-            let message = format!("the statement has {count} rows, at most {limit} are taken at once");
-            return Err(ApiError::new(Kind::TooLarge, "TOO_MANY_ROWS", message));
-        }
-        let targets = targets(&table, &insert.columns)?;
-        let mut used = vec![false; request.params.len()];
-        let evaluate = Evaluate { sql: self, request, snapshot, now_us: now_us(), session: OnceCell::new() };
-        let mut rows = Vec::with_capacity(count);
-        for (index, exprs) in insert.rows.iter().enumerate() {
-            rows.push(evaluate.row(&table, &targets, index, exprs, &mut used)?);
-        }
-        if let Some(index) = used.iter().position(|used| !used) {
-            let message = format!("parameter ${} was sent, and the statement does not use it", index + 1);
-            return Err(ApiError::invalid("INVALID_PARAMETER", message));
-        }
-        let positions = table.key_positions();
-        let encoded: Vec<NewRow> = rows.iter().map(|row| encode(&table, &positions, row)).collect();
-        if let Some(index) = encoded.iter().position(|row| row.encoded.key.len() > KEY_BYTES_MAX) {
-            let columns: Vec<&str> = positions.iter().map(|at| table.columns[*at].name.as_str()).collect();
-            let message = format!(
-                "row {}: its primary key (`{}`) has {} bytes, at most {KEY_BYTES_MAX} are taken",
-                index + 1,
-                columns.join("`, `"),
-                encoded[index].encoded.key.len()
-            );
-            return Err(ApiError::new(Kind::TooLarge, "KEY_TOO_LARGE", message));
-        }
-        let key_text = |index: usize| shown_key(&table, &positions, &rows[index]);
-        // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
-        let (engine, into) = (Arc::clone(&self.engine), Arc::clone(&table));
-        let written = tokio::spawn(async move { engine.insert(&into, &owner, encoded).await })
-            .await
-            .map_err(|error| ApiError::internal(&error))?
-            .map_err(|error| engine_errors::of_write(error, key_text))?;
-        Ok(Answer::affected(written, format!("inserted {written} row(s)")))
-    }
-
-    fn next_snowflake(&self, now_us: i64) -> i64 {
-        self.snowflake.lock().next(now_us / 1_000)
-    }
-}
+use crate::engine::now_us;
+use crate::error::ApiError;
 
 /// Position in the table of each column of the statement.
-fn targets(table: &TableEntry, columns: &[String]) -> Result<Vec<usize>, ApiError> {
+pub(super) fn targets(table: &TableEntry, columns: &[String]) -> Result<Vec<usize>, ApiError> {
     if columns.is_empty() {
         return Ok((0..table.columns.len()).collect());
     }
     let mut targets = Vec::with_capacity(columns.len());
     for name in columns {
-        if SYSTEM_COLUMNS.contains(&name.as_str()) {
-            return Err(ApiError::invalid(
-                "READ_ONLY_COLUMN",
-                format!("`{name}` is a system column and cannot be written"),
-            ));
-        }
-        let position = table.position(name).ok_or_else(|| no_column(table, name))?;
+        let position = writable(table, name)?;
         if targets.contains(&position) {
             return Err(ApiError::invalid("INVALID_SQL", format!("column `{name}` is named twice")));
         }
         targets.push(position);
     }
     Ok(targets)
+}
+
+/// Position in the table of a column that a statement writes.
+pub(super) fn writable(table: &TableEntry, name: &str) -> Result<usize, ApiError> {
+    if SYSTEM_COLUMNS.contains(&name) {
+        let message = format!("`{name}` is a system column and cannot be written");
+        return Err(ApiError::invalid("READ_ONLY_COLUMN", message));
+    }
+    table.position(name).ok_or_else(|| no_column(table, name))
 }
 
 fn no_column(table: &TableEntry, name: &str) -> ApiError {
@@ -116,16 +55,10 @@ fn no_column(table: &TableEntry, name: &str) -> ApiError {
     ApiError::invalid("COLUMN_NOT_FOUND", message)
 }
 
-fn encode(table: &TableEntry, key_positions: &[usize], row: &Row) -> NewRow {
-    let key_values: Vec<Value> = key_positions.iter().map(|at| row.values[*at].clone()).collect();
-    let encoded = EncodedRow { key: key::encode(&key_values), value: row::encode(table, &row.values) };
-    NewRow { encoded, generated: row.generated_key }
-}
-
 /// The key of a row as the sender wrote it, shortened.
-fn shown_key(table: &TableEntry, key_positions: &[usize], row: &Row) -> String {
+pub(super) fn shown_key(table: &TableEntry, key_positions: &[usize], values: &[Value]) -> String {
     let parts = key_positions.iter().map(|at| {
-        let text: String = match &row.values[*at] {
+        let text: String = match &values[*at] {
             Value::BigInt(v) | Value::Timestamp(v) | Value::Time(v) => v.to_string(),
             Value::Int(v) | Value::Date(v) => v.to_string(),
             Value::SmallInt(v) => v.to_string(),
@@ -139,70 +72,58 @@ fn shown_key(table: &TableEntry, key_positions: &[usize], row: &Row) -> String {
 }
 
 /// Evaluates the expressions of one statement.
-struct Evaluate<'a> {
+pub(super) struct Evaluate<'a> {
     sql: &'a Sql,
     request: &'a Request<'a>,
     snapshot: &'a Arc<Snapshot>,
     now_us: i64,
     /// For computed values; opened with the first.
-    session: OnceCell<SessionState>,
+    session: OnceLock<SessionState>,
 }
 
-impl Evaluate<'_> {
-    fn row(
+impl<'a> Evaluate<'a> {
+    pub(super) fn new(sql: &'a Sql, request: &'a Request<'a>, snapshot: &'a Arc<Snapshot>) -> Self {
+        Self { sql, request, snapshot, now_us: now_us(), session: OnceLock::new() }
+    }
+
+    /// Row `number` of VALUES, counted from 1: all its values, and whether the whole key was generated.
+    pub(super) fn row(
         &self,
         table: &TableEntry,
         targets: &[usize],
-        index: usize,
+        number: usize,
         exprs: &[Expr],
-        used: &mut [bool],
-    ) -> Result<Row, ApiError> {
-        let number = index + 1;
+    ) -> Result<(Vec<Value>, bool), ApiError> {
         if exprs.len() != targets.len() {
             let message = format!("row {number} has {} value(s) for {} column(s)", exprs.len(), targets.len());
             return Err(ApiError::invalid("INVALID_SQL", message));
         }
         let mut given: Vec<Option<Value>> = vec![None; table.columns.len()];
         for (expr, at) in exprs.iter().zip(targets) {
-            let column = &table.columns[*at];
-            given[*at] = self.value(expr, column, number, used)?;
+            given[*at] = self.value(expr, &table.columns[*at], Some(number))?;
         }
+        Ok(self.complete(table, given))
+    }
+
+    /// A row with defaults in the place of what is not given, and whether the whole key was generated.
+    pub(super) fn complete(&self, table: &TableEntry, given: Vec<Option<Value>>) -> (Vec<Value>, bool) {
         let mut generated: Vec<bool> = vec![false; table.columns.len()];
-        let mut values = Vec::with_capacity(given.len());
-        for (at, (given, column)) in given.into_iter().zip(&table.columns).enumerate() {
-            let value = match given {
-                Some(value) => value,
-                None => {
-                    let (value, fresh) = self.default(column);
-                    generated[at] = fresh;
-                    value
-                }
-            };
-            if value.is_null() && !column.nullable {
-                let message = format!("row {number}: column `{}` must not be NULL", column.name);
-                return Err(ApiError::invalid("NULL_VALUE", message));
-            }
-            values.push(value);
-        }
-        self.check_size(number, &values)?;
-        let generated_key = table.key_positions().iter().all(|at| generated[*at]);
-        Ok(Row { values, generated_key })
+        let complete = given.into_iter().zip(&table.columns).enumerate().map(|(at, (given, column))| {
+            given.unwrap_or_else(|| {
+                let (value, fresh) = self.default(column);
+                generated[at] = fresh;
+                value
+            })
+        });
+        let values = complete.collect();
+        (values, table.key_positions().iter().all(|at| generated[*at]))
     }
 
-    fn check_size(&self, number: usize, values: &[Value]) -> Result<(), ApiError> {
-        let (bytes, limit) = (values.iter().map(Value::size).sum::<usize>(), self.sql.limits.row_bytes_max);
-        if bytes > limit {
-            let message = format!("row {number} has {bytes} bytes, at most {limit} are taken");
-            return Err(ApiError::new(Kind::TooLarge, "ROW_TOO_LARGE", message));
-        }
-        Ok(())
-    }
-
-    /// `None` for DEFAULT.
-    fn value(&self, expr: &Expr, column: &Column, number: usize, used: &mut [bool]) -> Result<Option<Value>, ApiError> {
-        let misfit = |message: String| {
-            ApiError::invalid("INVALID_VALUE", format!("row {number}, column `{}`: {message}", column.name))
-        };
+    /// A value for `column`, in row `number` of the statement if it has numbered rows; `None` for DEFAULT.
+    pub(super) fn value(&self, expr: &Expr, column: &Column, number: Option<usize>) -> Result<Option<Value>, ApiError> {
+        let row = number.map_or_else(String::new, |number| format!("row {number}, "));
+        let misfit =
+            |message: String| ApiError::invalid("INVALID_VALUE", format!("{row}column `{}`: {message}", column.name));
         let of_text =
             |text: &str| Value::from_text(text, &column.ty).map(Some).map_err(|error| misfit(error.to_string()));
         match expr {
@@ -212,7 +133,7 @@ impl Evaluate<'_> {
             Expr::Value(literal) => match &literal.value {
                 Literal::Null => Ok(Some(Value::Null)),
                 Literal::Placeholder(name) => {
-                    let raw = self.parameter(name, used)?;
+                    let raw = self.parameter(name)?;
                     Value::from_json(raw, &column.ty).map(Some).map_err(|error| misfit(format!("{name}: {error}")))
                 }
                 Literal::Number(text, _) if takes_numbers(&column.ty) => of_text(text),
@@ -241,7 +162,7 @@ impl Evaluate<'_> {
         }
     }
 
-    fn parameter(&self, name: &str, used: &mut [bool]) -> Result<&RawValue, ApiError> {
+    fn parameter(&self, name: &str) -> Result<&RawValue, ApiError> {
         let invalid = |message: String| ApiError::invalid("INVALID_PARAMETER", message);
         let number: usize = name
             .strip_prefix('$')
@@ -249,16 +170,11 @@ impl Evaluate<'_> {
             .filter(|number| *number >= 1)
             .ok_or_else(|| invalid(format!("`{name}` is no parameter; use $1, $2, …")))?;
         let sent = self.request.params.len();
-        let raw = self
-            .request
-            .params
-            .get(number - 1)
-            .ok_or_else(|| invalid(format!("the statement uses ${number}, and {sent} parameter(s) were sent")))?;
-        used[number - 1] = true;
-        Ok(raw)
+        let missing = || invalid(format!("the statement uses ${number}, and {sent} parameter(s) were sent"));
+        self.request.params.get(number - 1).map(|raw| &**raw).ok_or_else(missing)
     }
 
-    fn default(&self, column: &Column) -> (Value, bool) {
+    pub(super) fn default(&self, column: &Column) -> (Value, bool) {
         match &column.default {
             None => (Value::Null, false),
             Some(DefaultExpr::Call(call)) => (self.call(*call, &column.ty), call.rises()),
@@ -274,7 +190,7 @@ impl Evaluate<'_> {
                 ColumnType::Time => Value::Time(self.now_us.rem_euclid(MICROS_PER_DAY)),
                 _ => Value::Timestamp(self.now_us),
             },
-            DefaultCall::SnowflakeId => Value::BigInt(self.sql.next_snowflake(self.now_us)),
+            DefaultCall::SnowflakeId => Value::BigInt(self.sql.snowflake.lock().next(self.now_us / 1_000)),
             DefaultCall::UuidV7 => {
                 let uuid = uuid::Uuid::now_v7();
                 if *ty == ColumnType::Uuid { Value::Uuid(uuid.into_bytes()) } else { Value::Text(uuid.to_string()) }
@@ -290,20 +206,8 @@ impl Evaluate<'_> {
             return Err("a parameter must be a value of its own, not part of an expression".to_owned());
         }
         let array = self.evaluate(expr).map_err(|error| plain(&error))?;
-        if array.is_null(0) {
-            return Ok(Value::Null);
-        }
-        let wanted = column.ty.arrow();
-        if !assignable(array.data_type(), &wanted) {
-            return Err(format!("the expression is {}, expected {}", array.data_type(), column.ty));
-        }
-        let options = arrow::compute::CastOptions { safe: false, ..Default::default() };
-        let cast = arrow::compute::cast_with_options(&array, &wanted, &options).map_err(|error| error.to_string())?;
-        if rounds(&array, &cast).map_err(|error| error.to_string())? {
-            return Err(format!("the result would be rounded to {}; use ROUND or CAST", column.ty));
-        }
-        let scalar = ScalarValue::try_from_array(&cast, 0).map_err(|error| plain(&error))?;
-        of_scalar(&scalar, &column.ty)
+        let mut values = assign(&array, column).map_err(|(_, message)| message)?;
+        values.pop().ok_or_else(|| "no value".to_owned())
     }
 
     /// One row of one column: what `expr` is, by the same rules as in a query.
@@ -341,7 +245,8 @@ impl Evaluate<'_> {
         if let Some(session) = self.session.get() {
             return Ok(session);
         }
-        let session = self.sql.sessions.open(self.request.identity, self.snapshot, self.request.namespace, false)?;
+        let session =
+            self.sql.sessions.open(self.request.identity, self.snapshot, self.request.namespace, false, Vec::new())?;
         Ok(self.session.get_or_init(|| session))
     }
 }
@@ -357,6 +262,31 @@ fn plain(error: &DataFusionError) -> String {
         DataFusionError::ResourcesExhausted(message) => message.clone(),
         other => other.strip_backtrace(),
     }
+}
+
+/// Computed values for a column, whose type must fit the column's.
+///
+/// # Errors
+/// What is wrong, and in which row if it is one row's fault.
+pub(super) fn assign(array: &ArrayRef, column: &Column) -> Result<Vec<Value>, (Option<usize>, String)> {
+    let whole = |message: String| (None, message);
+    if array.null_count() == array.len() || *array.data_type() == DataType::Null {
+        return Ok(vec![Value::Null; array.len()]);
+    }
+    let wanted = column.ty.arrow();
+    if !assignable(array.data_type(), &wanted) {
+        return Err(whole(format!("the expression is {}, expected {}", array.data_type(), column.ty)));
+    }
+    let options = arrow::compute::CastOptions { safe: false, ..Default::default() };
+    let cast = arrow::compute::cast_with_options(array, &wanted, &options).map_err(|error| whole(error.to_string()))?;
+    if rounds(array, &cast).map_err(|error| whole(error.to_string()))? {
+        return Err(whole(format!("the result would be rounded to {}; use ROUND or CAST", column.ty)));
+    }
+    let value = |row: usize| {
+        let scalar = ScalarValue::try_from_array(&cast, row).map_err(|error| (Some(row), plain(&error)))?;
+        of_scalar(&scalar, &column.ty).map_err(|message| (Some(row), message))
+    };
+    (0..cast.len()).map(value).collect()
 }
 
 fn needs_rows(expr: &Logical) -> bool {

@@ -1,0 +1,506 @@
+//! INSERT, UPDATE and DELETE, from checked statement to commit.
+//!
+//! A statement that reads what it writes holds its instance from before its first look until its commit is applied, so
+//! nothing changes in between. All of it is checked and computed, RETURNING too, before anything is written; the commit
+//! itself is one.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, AsArray as _, Int64Array, RecordBatch};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema};
+use datafusion::datasource::MemTable;
+use kalamdb_model::{Column, Owner, TableEntry, Value, key};
+use kalamdb_table_store::values;
+use kalamdb_write_buffer::{BatchBuilder, row};
+
+use super::assign::{Evaluate, targets, writable};
+use super::parse::{QueryStatement, TableRef};
+use super::parse_dml::{Assignments, Conflict, Delete, EXCLUDED, Insert, ROW, SetTo, Source, Update};
+use super::query::check_parameters;
+use super::session::Given;
+use super::{Request, Sql, assign, engine_errors, owner_for};
+use crate::catalog::Snapshot;
+use crate::engine::{NewRow, WriteError, Writing};
+use crate::error::{ApiError, Kind};
+use crate::http::Room;
+use crate::http::encode::{Answer, Encoder};
+
+/// Largest primary key, encoded: every file's smallest and largest key stand in its manifest.
+const KEY_BYTES_MAX: usize = 8 << 10;
+
+/// A whole row with its key.
+struct Row {
+    key: Vec<u8>,
+    values: Vec<Value>,
+}
+
+/// What one statement writes to.
+struct Target<'a> {
+    sql: &'a Sql,
+    request: &'a Request<'a>,
+    snapshot: &'a Arc<Snapshot>,
+    table: Arc<TableEntry>,
+    owner: Owner,
+    key: Vec<usize>,
+}
+
+/// What a column of a row becomes.
+enum NewValue {
+    Is(Value),
+    Default,
+    /// The computed column with this number.
+    Computed(usize),
+}
+
+/// The rows of a statement once it is known what becomes of them.
+#[derive(Default)]
+struct Changes {
+    put: Vec<Row>,
+    delete: Vec<Row>,
+    /// How many the client is told of.
+    count: u64,
+}
+
+impl Sql {
+    fn target<'a>(
+        &'a self,
+        request: &'a Request<'a>,
+        snapshot: &'a Arc<Snapshot>,
+        table: &TableRef,
+        parameters: &BTreeSet<String>,
+    ) -> Result<Target<'a>, ApiError> {
+        check_parameters(parameters, request.params.len())?;
+        let table = Arc::clone(self.resolve(request, snapshot, table)?);
+        let owner = owner_for(&table, request.identity, true)?;
+        let key = table.key_positions();
+        Ok(Target { sql: self, request, snapshot, table, owner, key })
+    }
+
+    pub(super) async fn insert(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        insert: Insert,
+    ) -> Result<Answer, ApiError> {
+        let Insert { table, columns, source, conflict, returning, parameters } = insert;
+        let target = self.target(request, snapshot, &table, &parameters)?;
+        let evaluate = Evaluate::new(self, request, snapshot);
+        let into = targets(&target.table, &columns)?;
+        let (rows, generated) = match source {
+            Source::Values(rows) => target.of_values(&evaluate, &into, &rows)?,
+            Source::Query(query) => target.of_query(&evaluate, &into, *query).await?,
+        };
+        if rows.is_empty() {
+            return target.answer(Changes::default(), returning, "inserted").await.map(|(_, answer)| answer);
+        }
+        let Some(conflict) = conflict else {
+            let changes = Changes { count: rows.len() as u64, put: rows, delete: Vec::new() };
+            return target.insert_all(changes, generated, returning).await;
+        };
+        target.check_conflict_target(&conflict)?;
+        let mut writing = target.hold().await?;
+        let changes = target.resolve_conflicts(&evaluate, &mut writing, rows, conflict).await?;
+        target.finish(writing, changes, returning, "inserted").await
+    }
+
+    pub(super) async fn update(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        update: Update,
+    ) -> Result<Answer, ApiError> {
+        let Update { table, set, returning, parameters } = update;
+        let target = self.target(request, snapshot, &table, &parameters)?;
+        let evaluate = Evaluate::new(self, request, snapshot);
+        let Assignments { columns, rows } = set;
+        let set = target.set(&evaluate, &columns)?;
+        let writing = target.hold().await?;
+        let (_, batches) = self.rows(request, snapshot, rows, Vec::new()).await?;
+        let width = target.table.columns.len();
+        let mut changes = Changes::default();
+        for batch in &batches {
+            let old = target.rows_of(batch)?;
+            let values: Vec<Vec<Value>> = old.iter().map(|row| row.values.clone()).collect();
+            let new = target.assign(&evaluate, &set, values, batch, width, changes.put.len())?;
+            changes.count += old.len() as u64;
+            changes.delete.extend(old);
+            changes.put.extend(new);
+        }
+        let writing = target.move_keys(writing, &mut changes).await?;
+        target.finish(writing, changes, returning, "updated").await
+    }
+
+    pub(super) async fn delete(
+        &self,
+        request: &Request<'_>,
+        snapshot: &Arc<Snapshot>,
+        delete: Delete,
+    ) -> Result<Answer, ApiError> {
+        let Delete { table, rows, returning, parameters } = delete;
+        let target = self.target(request, snapshot, &table, &parameters)?;
+        let writing = target.hold().await?;
+        let mut changes = Changes::default();
+        for batch in self.rows(request, snapshot, rows, Vec::new()).await?.1 {
+            changes.delete.extend(target.rows_of(&batch)?);
+        }
+        changes.count = changes.delete.len() as u64;
+        target.finish(writing, changes, returning, "deleted").await
+    }
+}
+
+impl Target<'_> {
+    async fn hold(&self) -> Result<Writing, ApiError> {
+        self.sql.engine.write(&self.table, &self.owner).await.map_err(of_engine)
+    }
+
+    /// A row of whole values; `number` is its place in the statement, counted from 1.
+    fn row(&self, values: Vec<Value>, number: usize) -> Result<Row, ApiError> {
+        let limit = self.sql.limits.row_bytes_max;
+        let bytes: usize = values.iter().map(Value::size).sum();
+        if bytes > limit {
+            let message = format!("row {number} has {bytes} bytes, at most {limit} are taken");
+            return Err(ApiError::new(Kind::TooLarge, "ROW_TOO_LARGE", message));
+        }
+        if let Some(column) =
+            self.table.columns.iter().zip(&values).find(|(column, value)| value.is_null() && !column.nullable)
+        {
+            let message = format!("row {number}: column `{}` must not be NULL", column.0.name);
+            return Err(ApiError::invalid("NULL_VALUE", message));
+        }
+        let key_values: Vec<Value> = self.key.iter().map(|at| values[*at].clone()).collect();
+        let key = key::encode(&key_values);
+        if key.len() > KEY_BYTES_MAX {
+            let columns: Vec<&str> = self.key.iter().map(|at| self.table.columns[*at].name.as_str()).collect();
+            let message = format!(
+                "row {number}: its primary key (`{}`) has {} bytes, at most {KEY_BYTES_MAX} are taken",
+                columns.join("`, `"),
+                key.len()
+            );
+            return Err(ApiError::new(Kind::TooLarge, "KEY_TOO_LARGE", message));
+        }
+        Ok(Row { key, values })
+    }
+
+    fn of_values(
+        &self,
+        evaluate: &Evaluate<'_>,
+        into: &[usize],
+        rows: &[Vec<datafusion::sql::sqlparser::ast::Expr>],
+    ) -> Result<(Vec<Row>, bool), ApiError> {
+        let (count, limit) = (rows.len(), self.sql.limits.insert_rows_max);
+        if count > limit {
+            let message = format!("the statement has {count} rows, at most {limit} are taken at once");
+            return Err(ApiError::new(Kind::TooLarge, "TOO_MANY_ROWS", message));
+        }
+        let mut made = Vec::with_capacity(count);
+        let mut generated = true;
+        for (number, exprs) in (1..).zip(rows) {
+            let (values, key_generated) = evaluate.row(&self.table, into, number, exprs)?;
+            generated &= key_generated;
+            made.push(self.row(values, number)?);
+        }
+        Ok((made, generated))
+    }
+
+    async fn of_query(
+        &self,
+        evaluate: &Evaluate<'_>,
+        into: &[usize],
+        query: QueryStatement,
+    ) -> Result<(Vec<Row>, bool), ApiError> {
+        let mut made = Vec::new();
+        let mut generated = true;
+        let (schema, batches) = self.sql.rows(self.request, self.snapshot, query, Vec::new()).await?;
+        if schema.fields().len() != into.len() {
+            let message = format!("the query gives {} column(s) for {} column(s)", schema.fields().len(), into.len());
+            return Err(ApiError::invalid("INVALID_SQL", message));
+        }
+        for batch in batches {
+            let mut given: Vec<Vec<Option<Value>>> = vec![vec![None; self.table.columns.len()]; batch.num_rows()];
+            for (array, at) in batch.columns().iter().zip(into) {
+                let column = &self.table.columns[*at];
+                for (row, value) in given.iter_mut().zip(self.assigned(array, column, made.len())?) {
+                    row[*at] = Some(value);
+                }
+            }
+            for row in given {
+                let (values, key_generated) = evaluate.complete(&self.table, row);
+                generated &= key_generated;
+                made.push(self.row(values, made.len() + 1)?);
+            }
+        }
+        Ok((made, generated))
+    }
+
+    /// Computed values on their way into a column; `before` rows came before them.
+    fn assigned(&self, array: &ArrayRef, column: &Column, before: usize) -> Result<Vec<Value>, ApiError> {
+        assign::assign(array, column).map_err(|(row, message)| {
+            let place = row.map_or_else(String::new, |row| format!("row {}, ", before + row + 1));
+            ApiError::invalid("INVALID_VALUE", format!("{place}column `{}`: {message}", column.name))
+        })
+    }
+
+    /// Rows that a query gave, the columns of the table first.
+    fn rows_of(&self, batch: &RecordBatch) -> Result<Vec<Row>, ApiError> {
+        let mut rows: Vec<Vec<Value>> = vec![Vec::with_capacity(self.table.columns.len()); batch.num_rows()];
+        for (column, array) in self.table.columns.iter().zip(batch.columns()) {
+            for (at, row) in rows.iter_mut().enumerate() {
+                row.push(values::value(array.as_ref(), at, &column.ty).map_err(|error| ApiError::internal(&error))?);
+            }
+        }
+        (1..).zip(rows).map(|(number, values)| self.row(values, number)).collect()
+    }
+
+    /// Positions of the columns of SET, and what they become.
+    fn set(&self, evaluate: &Evaluate<'_>, columns: &[(String, SetTo)]) -> Result<Vec<(usize, NewValue)>, ApiError> {
+        let mut set: Vec<(usize, NewValue)> = Vec::with_capacity(columns.len());
+        for (name, to) in columns {
+            let position = writable(&self.table, name)?;
+            if set.iter().any(|(other, _)| *other == position) {
+                return Err(ApiError::invalid("INVALID_SQL", format!("column `{name}` is set twice")));
+            }
+            let column = &self.table.columns[position];
+            let to = match to {
+                SetTo::Constant(expr) => evaluate.value(expr, column, None)?.map_or(NewValue::Default, NewValue::Is),
+                SetTo::Computed(index) => NewValue::Computed(*index),
+            };
+            set.push((position, to));
+        }
+        Ok(set)
+    }
+
+    /// Rows with what SET says. The computed columns of `batch` begin at `first`; `before` rows came before these.
+    fn assign(
+        &self,
+        evaluate: &Evaluate<'_>,
+        set: &[(usize, NewValue)],
+        mut rows: Vec<Vec<Value>>,
+        batch: &RecordBatch,
+        first: usize,
+        before: usize,
+    ) -> Result<Vec<Row>, ApiError> {
+        for (position, to) in set {
+            let column = &self.table.columns[*position];
+            match to {
+                NewValue::Is(value) => rows.iter_mut().for_each(|row| row[*position] = value.clone()),
+                NewValue::Default => rows.iter_mut().for_each(|row| row[*position] = evaluate.default(column).0),
+                NewValue::Computed(index) => {
+                    let assigned = self.assigned(batch.column(first + index), column, before)?;
+                    for (row, value) in rows.iter_mut().zip(assigned) {
+                        row[*position] = value;
+                    }
+                }
+            }
+        }
+        (before + 1..).zip(rows).map(|(number, values)| self.row(values, number)).collect()
+    }
+
+    /// After an UPDATE: a row whose key stayed is only put; one whose key changed goes from the old to the new, where none
+    /// may be but those that go elsewhere.
+    async fn move_keys(&self, mut writing: Writing, changes: &mut Changes) -> Result<Writing, ApiError> {
+        let mut new: BTreeSet<&[u8]> = BTreeSet::new();
+        if let Some(row) = changes.put.iter().find(|row| !new.insert(row.key.as_slice())) {
+            return Err(self.exists(row, "two rows would have it"));
+        }
+        let old: BTreeSet<&[u8]> = changes.delete.iter().map(|row| row.key.as_slice()).collect();
+        let moved: Vec<&Row> = changes.put.iter().filter(|row| !old.contains(row.key.as_slice())).collect();
+        writing.look_up(moved.iter().map(|row| row.key.as_slice())).await.map_err(of_engine)?;
+        if let Some(row) = moved.iter().find(|row| writing.exists(&row.key)) {
+            return Err(self.exists(row, "another row has it"));
+        }
+        let stays: Vec<bool> = changes.delete.iter().map(|row| new.contains(row.key.as_slice())).collect();
+        let mut stays = stays.into_iter();
+        changes.delete.retain(|_| !stays.next().unwrap_or(false));
+        Ok(writing)
+    }
+
+    fn exists(&self, row: &Row, why: &str) -> ApiError {
+        let key = assign::shown_key(&self.table, &self.key, &row.values);
+        let message = format!("the primary key ({key}) is taken, {why}; nothing was written");
+        ApiError::new(Kind::Conflict, "DUPLICATE_KEY", message)
+    }
+
+    fn check_conflict_target(&self, conflict: &Conflict) -> Result<(), ApiError> {
+        let key: BTreeSet<&str> = self.key.iter().map(|at| self.table.columns[*at].name.as_str()).collect();
+        let named: BTreeSet<&str> = conflict.target.iter().map(String::as_str).collect();
+        if named.is_empty() || named == key {
+            return Ok(());
+        }
+        let key: Vec<&str> = key.into_iter().collect();
+        let message = format!("ON CONFLICT takes the primary key of `{}`, ({})", self.table.name, key.join(", "));
+        Err(ApiError::invalid("INVALID_SQL", message))
+    }
+
+    /// What becomes of `rows`, some of which may exist.
+    async fn resolve_conflicts(
+        &self,
+        evaluate: &Evaluate<'_>,
+        writing: &mut Writing,
+        rows: Vec<Row>,
+        conflict: Conflict,
+    ) -> Result<Changes, ApiError> {
+        writing.look_up(rows.iter().map(|row| row.key.as_slice())).await.map_err(of_engine)?;
+        let mut changes = Changes::default();
+        let mut seen: BTreeSet<Vec<u8>> = BTreeSet::new();
+        let mut conflicting = Vec::new();
+        for row in rows {
+            let again = !seen.insert(row.key.clone());
+            match (again, writing.exists(&row.key)) {
+                (true, _) if conflict.update.is_some() => {
+                    return Err(self.exists(&row, "two rows of the statement have it"));
+                }
+                (true, _) => {}
+                (false, true) => conflicting.push(row),
+                (false, false) => changes.put.push(row),
+            }
+        }
+        if let Some(update) = conflict.update
+            && !conflicting.is_empty()
+        {
+            let keys: BTreeSet<Vec<u8>> = conflicting.iter().map(|row| row.key.clone()).collect();
+            let existing = writing.rows(&keys).await.map_err(of_engine)?;
+            self.update_conflicting(evaluate, &mut changes, conflicting, existing, update).await?;
+        }
+        changes.count = changes.put.len() as u64;
+        Ok(changes)
+    }
+
+    async fn update_conflicting(
+        &self,
+        evaluate: &Evaluate<'_>,
+        changes: &mut Changes,
+        proposed: Vec<Row>,
+        mut existing: HashMap<Vec<u8>, Vec<Value>>,
+        update: Assignments,
+    ) -> Result<(), ApiError> {
+        let Assignments { columns, rows: query } = update;
+        let set = self.set(evaluate, &columns)?;
+        if let Some((at, _)) = set.iter().find(|(at, _)| self.key.contains(at)) {
+            let message = format!("ON CONFLICT DO UPDATE cannot set the key column `{}`", self.table.columns[*at].name);
+            return Err(ApiError::invalid("INVALID_SQL", message));
+        }
+        let mut old = Vec::with_capacity(proposed.len());
+        for row in &proposed {
+            let values = existing.remove(&row.key).ok_or_else(|| internal("a row that exists has no values"))?;
+            old.push(Row { key: row.key.clone(), values });
+        }
+        let namespace = self.table.name.namespace.to_string();
+        let given = vec![
+            Given::new(&namespace, self.table.name.table.as_str(), self.numbered(&old)?),
+            Given::new(&namespace, EXCLUDED, self.numbered(&proposed)?),
+        ];
+        for batch in self.sql.rows(self.request, self.snapshot, query, given).await?.1 {
+            let numbers = batch.column(0).as_primitive::<Int64Type>();
+            let chosen: Vec<&Row> = numbers
+                .values()
+                .iter()
+                .filter_map(|number| usize::try_from(*number).ok().and_then(|number| old.get(number)))
+                .collect();
+            let values = chosen.iter().map(|row| row.values.clone()).collect();
+            let new = self.assign(evaluate, &set, values, &batch, 1, changes.put.len())?;
+            changes.put.extend(new);
+        }
+        Ok(())
+    }
+
+    /// Rows as a table for a query, numbered.
+    fn numbered(&self, rows: &[Row]) -> Result<MemTable, ApiError> {
+        let batch = self.batch(rows)?;
+        let numbers = (0..).take(rows.len());
+        let mut fields: Vec<Arc<Field>> = batch.schema().fields().iter().cloned().collect();
+        fields.push(Arc::new(Field::new(ROW, DataType::Int64, false)));
+        let mut arrays = batch.columns().to_vec();
+        arrays.push(Arc::new(Int64Array::from_iter_values(numbers)));
+        let schema = Arc::new(Schema::new(fields));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), arrays).map_err(|error| ApiError::internal(&error))?;
+        MemTable::try_new(schema, vec![vec![batch]]).map_err(|error| ApiError::internal(&error))
+    }
+
+    /// Rows as the columns of `SELECT *`.
+    fn batch(&self, rows: &[Row]) -> Result<RecordBatch, ApiError> {
+        let own: Vec<usize> = (0..self.table.columns.len()).collect();
+        let mut builder = BatchBuilder::new(&self.table, &own);
+        for row in rows {
+            builder.push(&row::encode(&self.table, &row.values)).map_err(|error| ApiError::internal(&error))?;
+        }
+        builder.finish().map_err(|error| ApiError::internal(&error))
+    }
+
+    /// The answer of a statement, which is computed before its commit: what fails in RETURNING writes nothing.
+    async fn answer(
+        &self,
+        changes: Changes,
+        returning: Option<QueryStatement>,
+        verb: &str,
+    ) -> Result<(Changes, Answer), ApiError> {
+        let Some(query) = returning else {
+            let answer = Answer::affected(changes.count, format!("{verb} {} row(s)", changes.count));
+            return Ok((changes, answer));
+        };
+        let rows = if verb == "deleted" { &changes.delete } else { &changes.put };
+        let batch = self.batch(rows)?;
+        let table = MemTable::try_new(batch.schema(), vec![vec![batch]]).map_err(|error| ApiError::internal(&error))?;
+        let name = &self.table.name;
+        let given = vec![Given::new(name.namespace.as_str(), name.table.as_str(), table)];
+        let (schema, batches) = self.sql.rows(self.request, self.snapshot, query, given).await?;
+        let room = Room::new(Arc::clone(&self.sql.answers_bytes), self.request.identity.user.clone());
+        let mut encoder = Encoder::new(&schema, self.sql.limits.answer_bytes_max, room);
+        for batch in &batches {
+            encoder.push(batch).await?;
+        }
+        Ok((changes, encoder.finish()))
+    }
+
+    async fn insert_all(
+        &self,
+        changes: Changes,
+        generated: bool,
+        returning: Option<QueryStatement>,
+    ) -> Result<Answer, ApiError> {
+        let (changes, answer) = self.answer(changes, returning, "inserted").await?;
+        let engine = &self.sql.engine;
+        let hold = if generated {
+            engine.append(&self.table, &self.owner).await
+        } else {
+            engine.write(&self.table, &self.owner).await
+        };
+        let writing = hold.map_err(of_engine)?;
+        let put = self.encoded(&changes.put);
+        // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
+        let written = tokio::spawn(async move { writing.insert(put).await });
+        let shown = |index: usize| assign::shown_key(&self.table, &self.key, &changes.put[index].values);
+        written
+            .await
+            .map_err(|error| ApiError::internal(&error))?
+            .map_err(|error| engine_errors::of_write(error, shown))?;
+        Ok(answer)
+    }
+
+    async fn finish(
+        &self,
+        writing: Writing,
+        changes: Changes,
+        returning: Option<QueryStatement>,
+        verb: &str,
+    ) -> Result<Answer, ApiError> {
+        let (changes, answer) = self.answer(changes, returning, verb).await?;
+        let (put, delete) = (self.encoded(&changes.put), self.encoded(&changes.delete));
+        let written = tokio::spawn(async move { writing.commit(put, delete).await });
+        written.await.map_err(|error| ApiError::internal(&error))?.map_err(of_engine)?;
+        Ok(answer)
+    }
+
+    fn encoded(&self, rows: &[Row]) -> Vec<NewRow> {
+        let encode = |row: &Row| NewRow { key: row.key.clone(), value: row::encode(&self.table, &row.values) };
+        rows.iter().map(encode).collect()
+    }
+}
+
+fn of_engine(error: WriteError) -> ApiError {
+    engine_errors::of_write(error, |_| String::new())
+}
+
+fn internal(what: &str) -> ApiError {
+    ApiError::internal(&std::io::Error::other(what.to_owned()))
+}

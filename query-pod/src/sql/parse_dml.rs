@@ -1,0 +1,378 @@
+//! INSERT, UPDATE and DELETE: from the parser's tree to the parts that are run.
+//!
+//! What such a statement reads becomes a query of its own, which goes through the same checks as any other and is the
+//! only thing that DataFusion sees.
+
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+
+use datafusion::sql::sqlparser::ast::{
+    self, Assignment, AssignmentTarget, ConflictTarget, Expr, FromTable, Ident, ObjectName, ObjectNamePart,
+    OnConflictAction, OnInsert, Query, Select, SelectItem, SelectItemQualifiedWildcardKind, SetExpr, TableFactor,
+    TableObject, TableWithJoins,
+};
+use datafusion::sql::sqlparser::parser::Parser;
+
+use super::dialect::KalamDialect;
+use super::parse::{QueryStatement, TableRef, query, refuse, table_ref};
+use crate::error::ApiError;
+
+/// The parts of an INSERT.
+#[derive(Debug)]
+pub struct Insert {
+    /// Into which table.
+    pub table: TableRef,
+    /// Column names in order; empty: all, in table order.
+    pub columns: Vec<String>,
+    /// What is inserted.
+    pub source: Source,
+    /// `ON CONFLICT`.
+    pub conflict: Option<Conflict>,
+    /// `RETURNING`.
+    pub returning: Option<QueryStatement>,
+    /// Every `$n` of the statement.
+    pub parameters: BTreeSet<String>,
+}
+
+/// Where the rows of an INSERT come from.
+#[derive(Debug)]
+pub enum Source {
+    /// Rows of expressions.
+    Values(Vec<Vec<Expr>>),
+    /// A query.
+    Query(Box<QueryStatement>),
+}
+
+/// What happens to a row whose key exists.
+#[derive(Debug)]
+pub struct Conflict {
+    /// Columns that `ON CONFLICT` names; empty: none.
+    pub target: Vec<String>,
+    /// `None`: nothing.
+    pub update: Option<Assignments>,
+}
+
+/// The parts of an UPDATE.
+#[derive(Debug)]
+pub struct Update {
+    /// Of which table.
+    pub table: TableRef,
+    /// `SET`; its query gives the columns of the table before what is computed.
+    pub set: Assignments,
+    /// `RETURNING`.
+    pub returning: Option<QueryStatement>,
+    /// Every `$n` of the statement.
+    pub parameters: BTreeSet<String>,
+}
+
+/// The parts of a DELETE.
+#[derive(Debug)]
+pub struct Delete {
+    /// Of which table.
+    pub table: TableRef,
+    /// Gives the rows to delete: the columns of the table.
+    pub rows: QueryStatement,
+    /// `RETURNING`.
+    pub returning: Option<QueryStatement>,
+    /// Every `$n` of the statement.
+    pub parameters: BTreeSet<String>,
+}
+
+/// `SET a = 1, b = b + 1`.
+#[derive(Debug)]
+pub struct Assignments {
+    /// Columns, each with what it becomes.
+    pub columns: Vec<(String, SetTo)>,
+    /// Gives the rows to change, and in its last columns what is computed.
+    pub rows: QueryStatement,
+}
+
+/// What a column becomes.
+#[derive(Debug)]
+pub enum SetTo {
+    /// The same in all rows, or DEFAULT: a literal or a parameter, which takes the column's type.
+    Constant(Box<Expr>),
+    /// The computed column with this number, counted from 0.
+    Computed(usize),
+}
+
+/// Name under which ON CONFLICT knows the row that was to be inserted.
+pub const EXCLUDED: &str = "excluded";
+/// Column that pairs rows that exist with those that were to be inserted.
+pub const ROW: &str = "__row";
+
+fn parameters(statement: &impl ast::Visit) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let _ = ast::visit_expressions(statement, |expr| {
+        if let Expr::Value(ast::ValueWithSpan { value: ast::Value::Placeholder(name), .. }) = expr {
+            names.insert(name.clone());
+        }
+        ControlFlow::<()>::Continue(())
+    });
+    names
+}
+
+/// The clauses of UPDATE and DELETE that other databases know and this one does not.
+fn no(present: bool, what: &str) -> Result<(), ApiError> {
+    if present { refuse(what) } else { Ok(()) }
+}
+
+pub(super) fn insert(mut insert: ast::Insert) -> Result<Insert, ApiError> {
+    let parameters = parameters(&insert);
+    let (on, returning, source) = (insert.on.take(), insert.returning.take(), insert.source.take());
+    let (table, columns, alias) = (insert.table.clone(), insert.columns.clone(), insert.table_alias.take());
+    let plain = ast::Insert {
+        table: table.clone(),
+        columns: columns.clone(),
+        source: None,
+        insert_token: insert.insert_token.clone(),
+        into: true,
+        has_table_keyword: insert.has_table_keyword,
+        optimizer_hints: Vec::new(),
+        or: None,
+        ignore: false,
+        table_alias: None,
+        overwrite: false,
+        assignments: Vec::new(),
+        partitioned: None,
+        after_columns: Vec::new(),
+        on: None,
+        returning: None,
+        output: None,
+        replace_into: false,
+        priority: None,
+        insert_alias: None,
+        settings: None,
+        format_clause: None,
+        multi_table_insert_type: None,
+        multi_table_into_clauses: Vec::new(),
+        multi_table_when_clauses: Vec::new(),
+        multi_table_else_clause: None,
+    };
+    if plain != insert {
+        return refuse("INSERT with clauses other than ON CONFLICT and RETURNING");
+    }
+    let TableObject::TableName(name) = table else { return refuse("INSERT into a function or query") };
+    let target = table_ref(&name)?;
+    let columns = columns.iter().map(|name| table_ref(name).map(TableRef::joined)).collect::<Result<_, _>>()?;
+    let Some(source) = source else { return refuse("INSERT … DEFAULT VALUES") };
+    let source = match *source {
+        Query { with: None, body, order_by: None, limit_clause: None, fetch: None, locks, .. }
+            if matches!(*body, SetExpr::Values(_)) && locks.is_empty() =>
+        {
+            let SetExpr::Values(values) = *body else { return refuse("INSERT of this") };
+            Source::Values(values.rows.into_iter().map(|row| row.content).collect())
+        }
+        other => Source::Query(Box::new(query(ast::Statement::Query(Box::new(other)))?)),
+    };
+    let named = alias.map_or_else(|| last_part(&name), |alias| Ok(alias.alias))?;
+    let conflict = on.map(|on| conflict(on, &name, &named)).transpose()?;
+    let returning = returning.map(|items| self::returning(items, factor(&name, named))).transpose()?;
+    Ok(Insert { table: target, columns, source, conflict, returning, parameters })
+}
+
+fn conflict(on: OnInsert, table: &ObjectName, alias: &Ident) -> Result<Conflict, ApiError> {
+    let OnInsert::OnConflict(on) = on else { return refuse("ON DUPLICATE KEY") };
+    let target = match on.conflict_target {
+        None => Vec::new(),
+        Some(ConflictTarget::Columns(columns)) => columns.iter().map(column_name).collect(),
+        Some(ConflictTarget::OnConstraint(_)) => return refuse("ON CONFLICT ON CONSTRAINT"),
+    };
+    let OnConflictAction::DoUpdate(update) = on.action else { return Ok(Conflict { target, update: None }) };
+    if target.is_empty() {
+        return refuse("ON CONFLICT DO UPDATE without the columns of the primary key");
+    }
+    let row = |of: &Ident| Expr::CompoundIdentifier(vec![of.clone(), Ident::with_quote('"', ROW)]);
+    let excluded = Ident::new(EXCLUDED);
+    let pairs =
+        Expr::BinaryOp { left: Box::new(row(alias)), op: ast::BinaryOperator::Eq, right: Box::new(row(&excluded)) };
+    let mut other = table.clone();
+    if let Some(last) = other.0.last_mut() {
+        *last = ObjectNamePart::Identifier(excluded.clone());
+    }
+    let join = ast::Join {
+        relation: factor(&other, excluded),
+        global: false,
+        join_operator: ast::JoinOperator::Inner(ast::JoinConstraint::On(pairs)),
+    };
+    let from = TableWithJoins { relation: factor(table, alias.clone()), joins: vec![join] };
+    let first = SelectItem::UnnamedExpr(row(alias));
+    let mut selection = update.selection;
+    let mut assignments = update.assignments;
+    // A bare column is the row that exists.
+    let mut own = |expr: &mut Expr| -> ControlFlow<()> {
+        if let Expr::Identifier(ident) = expr
+            && !(ident.quote_style.is_none() && ident.value.eq_ignore_ascii_case("default"))
+        {
+            *expr = Expr::CompoundIdentifier(vec![alias.clone(), ident.clone()]);
+        }
+        ControlFlow::Continue(())
+    };
+    let _ = ast::visit_expressions_mut(&mut selection, &mut own);
+    for assignment in &mut assignments {
+        let _ = ast::visit_expressions_mut(&mut assignment.value, &mut own);
+    }
+    let set = assign(assignments, vec![first], from, selection)?;
+    no_subqueries(&set.rows, "ON CONFLICT DO UPDATE")?;
+    Ok(Conflict { target, update: Some(set) })
+}
+
+pub(super) fn update(update: ast::Update) -> Result<Update, ApiError> {
+    let parameters = parameters(&update);
+    let ast::Update {
+        table,
+        assignments,
+        from,
+        selection,
+        returning,
+        output,
+        or,
+        order_by,
+        limit,
+        optimizer_hints,
+        ..
+    } = update;
+    no(from.is_some(), "UPDATE … FROM; use a subquery")?;
+    no(output.is_some() || or.is_some() || !optimizer_hints.is_empty(), "this form of UPDATE")?;
+    no(!order_by.is_empty() || limit.is_some(), "UPDATE with ORDER BY or LIMIT")?;
+    let (name, alias) = plain_table(&table)?;
+    let from = factor(&name, alias.clone());
+    let own = wildcard_of(&alias);
+    let set = assign(assignments, vec![own], TableWithJoins { relation: from.clone(), joins: Vec::new() }, selection)?;
+    let returning = returning.map(|items| self::returning(items, from)).transpose()?;
+    Ok(Update { table: table_ref(&name)?, set, returning, parameters })
+}
+
+pub(super) fn delete(delete: ast::Delete) -> Result<Delete, ApiError> {
+    let parameters = parameters(&delete);
+    let ast::Delete { tables, from, using, selection, returning, output, order_by, limit, optimizer_hints, .. } =
+        delete;
+    no(!tables.is_empty(), "DELETE from many tables")?;
+    no(using.is_some(), "DELETE … USING; use a subquery")?;
+    no(output.is_some() || !optimizer_hints.is_empty(), "this form of DELETE")?;
+    no(!order_by.is_empty() || limit.is_some(), "DELETE with ORDER BY or LIMIT")?;
+    let (FromTable::WithFromKeyword(from) | FromTable::WithoutKeyword(from)) = from;
+    let [table] = from.as_slice() else { return refuse("DELETE from many tables") };
+    let (name, alias) = plain_table(table)?;
+    let from = factor(&name, alias.clone());
+    let source = TableWithJoins { relation: from.clone(), joins: Vec::new() };
+    let rows = select(vec![wildcard_of(&alias)], source, selection)?;
+    let returning = returning.map(|items| self::returning(items, from)).transpose()?;
+    Ok(Delete { table: table_ref(&name)?, rows, returning, parameters })
+}
+
+fn assign(
+    assignments: Vec<Assignment>,
+    mut items: Vec<SelectItem>,
+    from: TableWithJoins,
+    selection: Option<Expr>,
+) -> Result<Assignments, ApiError> {
+    let mut columns = Vec::with_capacity(assignments.len());
+    let mut computed = 0;
+    for Assignment { target, value } in assignments {
+        let AssignmentTarget::ColumnName(name) = target else {
+            return refuse("SET of several columns at once; write `SET a = 1, b = 2`");
+        };
+        let Some(ObjectNamePart::Identifier(column)) = name.0.last() else { return refuse("this target of SET") };
+        let to = if is_constant(&value) {
+            SetTo::Constant(Box::new(value))
+        } else {
+            let alias = Ident::with_quote('"', format!("__set_{computed}"));
+            items.push(SelectItem::ExprWithAlias { expr: value, alias });
+            computed += 1;
+            SetTo::Computed(computed - 1)
+        };
+        columns.push((column_name(column), to));
+    }
+    Ok(Assignments { columns, rows: select(items, from, selection)? })
+}
+
+/// Whether a value is written as it is in VALUES, where it takes the column's type, or is computed.
+fn is_constant(value: &Expr) -> bool {
+    match value {
+        Expr::Value(_) => true,
+        Expr::UnaryOp { op: ast::UnaryOperator::Minus, expr } => matches!(**expr, Expr::Value(_)),
+        Expr::Identifier(ident) => ident.quote_style.is_none() && ident.value.eq_ignore_ascii_case("default"),
+        _ => false,
+    }
+}
+
+/// `SELECT items FROM the rows that the statement wrote`: the caller puts those in the place of the table.
+fn returning(items: Vec<SelectItem>, from: TableFactor) -> Result<QueryStatement, ApiError> {
+    let rows = select(items, TableWithJoins { relation: from, joins: Vec::new() }, None)?;
+    no_subqueries(&rows, "RETURNING")?;
+    if rows.names_system_columns {
+        return refuse("a system column in RETURNING; select it afterwards");
+    }
+    Ok(rows)
+}
+
+fn select(items: Vec<SelectItem>, from: TableWithJoins, selection: Option<Expr>) -> Result<QueryStatement, ApiError> {
+    const FORM: &str = "SELECT 1 FROM t";
+    let mut parsed = Parser::new(&KalamDialect::new(FORM.len()))
+        .try_with_sql(FORM)
+        .and_then(|mut parser| parser.parse_query())
+        .map_err(|error| ApiError::internal(&error))?;
+    if let SetExpr::Select(select) = parsed.body.as_mut() {
+        let select: &mut Select = select;
+        select.projection = items;
+        select.from = vec![from];
+        select.selection = selection;
+    }
+    query(ast::Statement::Query(parsed))
+}
+
+fn no_subqueries(rows: &QueryStatement, place: &str) -> Result<(), ApiError> {
+    let found = ast::visit_expressions(&rows.statement, |expr| match expr {
+        Expr::Subquery(_) | Expr::Exists { .. } | Expr::InSubquery { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    no(found.is_break(), &format!("a subquery in {place}"))
+}
+
+/// A table with the name that its columns are called by.
+fn plain_table(table: &TableWithJoins) -> Result<(ObjectName, Ident), ApiError> {
+    match &table.relation {
+        TableFactor::Table { name, alias, args: None, .. } if table.joins.is_empty() => {
+            let alias = match alias {
+                None => last_part(name)?,
+                Some(alias) if alias.columns.is_empty() => alias.name.clone(),
+                Some(_) => return refuse("new names for columns here"),
+            };
+            Ok((name.clone(), alias))
+        }
+        _ => refuse("anything but one table here"),
+    }
+}
+
+fn last_part(name: &ObjectName) -> Result<Ident, ApiError> {
+    match name.0.last() {
+        Some(ObjectNamePart::Identifier(ident)) => Ok(ident.clone()),
+        _ => refuse("a function as a table name"),
+    }
+}
+
+fn wildcard_of(alias: &Ident) -> SelectItem {
+    let name = ObjectName(vec![ObjectNamePart::Identifier(alias.clone())]);
+    SelectItem::QualifiedWildcard(SelectItemQualifiedWildcardKind::ObjectName(name), Default::default())
+}
+
+fn factor(name: &ObjectName, alias: Ident) -> TableFactor {
+    TableFactor::Table {
+        name: name.clone(),
+        alias: Some(ast::TableAlias { explicit: true, name: alias, columns: Vec::new(), at: None }),
+        args: None,
+        with_hints: Vec::new(),
+        version: None,
+        with_ordinality: false,
+        partitions: Vec::new(),
+        json_path: None,
+        sample: None,
+        index_hints: Vec::new(),
+    }
+}
+
+/// Unquoted names are lower-cased, as everywhere in SQL.
+fn column_name(ident: &Ident) -> String {
+    if ident.quote_style.is_none() { ident.value.to_ascii_lowercase() } else { ident.value.clone() }
+}
