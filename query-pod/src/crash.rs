@@ -12,6 +12,9 @@ pub fn point(name: &'static str) {
     let _ = name;
 }
 
+/// All points of a compaction, in order. Its commit is that of a flush.
+pub const COMPACTION_POINTS: [&str; 4] = ["compact.merged", "compact.uploaded", "flush.committed", "compact.published"];
+
 /// All points, in the order in which a flush passes them.
 pub const FLUSH_POINTS: [&str; 6] =
     ["flush.frozen", "flush.encoded", "flush.uploaded", "flush.committed", "flush.published", "flush.reclaimed"];

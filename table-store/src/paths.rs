@@ -134,6 +134,12 @@ pub fn data_file(prefix: &Path, epoch: u32, flush_seq: u64, ulid: &str) -> Path 
     child(prefix, &format!("{epoch:08x}-{flush_seq:016x}-{}.parquet", ulid.to_ascii_lowercase()))
 }
 
+/// What an outside reader needs to know of the data files at `prefix`.
+#[must_use]
+pub fn outside_manifest(prefix: &Path) -> Path {
+    child(prefix, "_manifest.json")
+}
+
 /// Object `seq` of the commit stream of `incarnation`, in each storage that it wrote to.
 #[must_use]
 pub fn stream_object(incarnation: &str, seq: u64) -> Path {

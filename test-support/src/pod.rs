@@ -429,6 +429,14 @@ pub fn files_below(folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(found)
 }
 
+/// All Parquet files below `folder`, as [`files_below`].
+///
+/// # Errors
+/// If the disk fails.
+pub fn data_files_below(folder: &Path) -> anyhow::Result<Vec<String>> {
+    Ok(files_below(folder)?.into_iter().filter(|file| file.ends_with(".parquet")).collect())
+}
+
 /// The binary of that name beside the test that is running, where `cargo build --workspace --bins` put it.
 ///
 /// # Errors

@@ -117,6 +117,7 @@ impl Engine {
             Edit { instance: id.clone(), generation: view.flushed, last_seq, add, remove, replace: BTreeMap::new() };
         self.ship(&root, edit).await?;
         crash::point("compact.published");
+        self.describe(id, true).await;
         self.metrics.compactions.inc();
         tracing::info!(table = %table.name, files = files.len(), rows, "compacted an instance");
         Ok(Compacted { files: files.len() as u64, rows })

@@ -99,6 +99,14 @@ pub enum FlushError {
     /// The data is another's now.
     #[error(transparent)]
     Disowned(Disowned),
+    /// The description for outside readers.
+    #[error("failed to write `{path}`")]
+    Describe {
+        /// The object.
+        path: String,
+        /// Why.
+        source: object_store::Error,
+    },
     /// The commit.
     #[error("failed to commit the file")]
     Ship(#[source] ShipError),

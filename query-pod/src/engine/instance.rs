@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use kalamdb_model::{Generation, InstanceId};
 use kalamdb_table_store::manifest::{FileEntry, Manifest, ManifestError};
@@ -61,6 +62,8 @@ pub struct Instance {
     /// Bytes of statements that are on their way into the buffer: checked with what is there, so that many at once do not
     /// pass a limit that each alone meets.
     pub(super) incoming: AtomicU64,
+    /// When its files were last described for outside readers; held while they are.
+    pub(super) described: tokio::sync::Mutex<Option<Instant>>,
     /// Held by the one flush at a time.
     pub(super) flushes: tokio::sync::Mutex<()>,
     /// Readers take view, buffer snapshot and positions together under it; publishing takes it exclusively.
@@ -107,6 +110,7 @@ impl Instances {
             id: id.clone(),
             writes: Arc::default(),
             incoming: AtomicU64::new(0),
+            described: tokio::sync::Mutex::default(),
             flushes: tokio::sync::Mutex::default(),
             current: RwLock::new(Current { view: Arc::new(view), located: HashMap::new() }),
         });

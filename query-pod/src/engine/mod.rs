@@ -9,6 +9,7 @@
 //! that another process went on from this data, it is not served at all ([`Disowned`]).
 
 mod compact;
+mod describe;
 mod flush;
 mod garbage;
 mod instance;

@@ -149,6 +149,7 @@ async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
     drop(slot);
     if outcome.is_ok() {
         engine.compact_after_flush(&id).await;
+        engine.describe(&id, false).await;
     }
 }
 
@@ -171,6 +172,7 @@ impl Engine {
                 let outcome = engine.flush(&id).await;
                 if outcome.is_ok() {
                     engine.schedule.done(&engine, &id, true);
+                    engine.describe(&id, true).await;
                 }
                 outcome
             });

@@ -82,6 +82,7 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
         FlushError::Upload { .. }
         | FlushError::Located(ReadError::File(_))
         | FlushError::Garbled { .. }
+        | FlushError::Describe { .. }
         | FlushError::Ship(_)
         | FlushError::Waiting => ApiError::unavailable(
             "STORAGE_UNAVAILABLE",

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context as _, ensure};
-use kalamdb_query_pod::crash::FLUSH_POINTS;
+use kalamdb_query_pod::crash::{COMPACTION_POINTS, FLUSH_POINTS};
 use kalamdb_table_store::{FilesystemStore, stream};
-use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
+use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, data_files_below, eventually, files_below};
 use serde_json::json;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_kalamdb-query-pod");
@@ -60,6 +60,70 @@ async fn a_pod_killed_between_any_two_steps_of_a_flush_loses_and_doubles_nothing
         pod.kill()?;
         let pod = home.start().await?;
         check(&pod, 60).await?;
+    }
+    Ok(())
+}
+
+/// What alice has: `id` and `body`, in order.
+async fn bodies(pod: &Pod) -> anyhow::Result<serde_json::Value> {
+    crate::rows(pod, "alice", "SELECT id, body FROM app.messages ORDER BY id", json!([])).await
+}
+
+/// Rows of alice that were changed and deleted in files and in the buffer, and what she has then.
+async fn change(pod: &Pod) -> anyhow::Result<serde_json::Value> {
+    insert(pod, "alice", 0..10).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    for sql in [
+        "UPDATE app.messages SET body = 'changed' WHERE id IN (1, 2, 3)",
+        "DELETE FROM app.messages WHERE id IN (4, 5)",
+        "INSERT INTO app.messages (id, body) VALUES (20, 'new'), (21, 'new'), (22, 'new')",
+        "UPDATE app.messages SET body = 'changed twice' WHERE id = 3 OR id = 21",
+        "DELETE FROM app.messages WHERE id = 22",
+        "INSERT INTO app.messages (id, body) VALUES (4, 'again')",
+    ] {
+        pod.run("alice", sql, json!([])).await?;
+    }
+    let body = |id: i64| match id {
+        1 | 2 => "changed".to_owned(),
+        3 | 21 => "changed twice".to_owned(),
+        4 => "again".to_owned(),
+        20 => "new".to_owned(),
+        id => format!("body {id} of alice"),
+    };
+    let ids = [0, 1, 2, 3, 4, 6, 7, 8, 9, 20, 21];
+    let expected = serde_json::Value::Array(ids.iter().map(|id| json!([id.to_string(), body(*id)])).collect());
+    ensure!(bodies(pod).await? == expected, "before anything failed: {}", bodies(pod).await?);
+    Ok(expected)
+}
+
+#[tokio::test]
+async fn a_pod_killed_in_a_flush_or_a_compaction_brings_no_old_version_back() -> anyhow::Result<()> {
+    let flush = FLUSH_POINTS.iter().map(|point| (*point, "STORAGE FLUSH TABLE app.messages"));
+    let compaction = COMPACTION_POINTS.iter().map(|point| (*point, "STORAGE COMPACT TABLE app.messages"));
+    for (point, command) in flush.chain(compaction) {
+        let mut home = Home::new(BINARY, MANIFESTS)?;
+        let pod = home.start().await?;
+        let expected = change(&pod).await?;
+        if command.contains("COMPACT") {
+            pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        }
+        drop(pod);
+        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
+        let mut pod = home.start().await?;
+        let _ = pod.sql("alice", command, json!([])).await;
+        ensure!(!pod.wait().await?.success(), "{command}: {point} was not reached");
+        home.env.clear();
+        let mut pod = home.start().await?;
+        ensure!(bodies(&pod).await? == expected, "{command} at {point}: {}", bodies(&pod).await?);
+        for again in ["STORAGE FLUSH TABLE app.messages", "STORAGE COMPACT TABLE app.messages"] {
+            pod.run("alice", again, json!([])).await?;
+            ensure!(bodies(&pod).await? == expected, "{command} at {point}, {again}: {}", bodies(&pod).await?);
+        }
+        let twice = pod.sql("alice", "INSERT INTO app.messages (id, body) VALUES (3, 'x')", json!([])).await?;
+        ensure!(twice.status == 409, "{command} at {point}: {}", twice.text);
+        pod.kill()?;
+        let pod = home.start().await?;
+        ensure!(bodies(&pod).await? == expected, "{command} at {point}, restarted: {}", bodies(&pod).await?);
     }
     Ok(())
 }
@@ -268,7 +332,7 @@ async fn a_lost_file_is_an_error_and_never_fewer_rows() -> anyhow::Result<()> {
     pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
     insert(&pod, "alice", 10..12).await?;
     let folder = home.data_dir().join("files/users/alice/app/messages");
-    let file = folder.join(files_below(&folder)?.first().context("a file")?);
+    let file = folder.join(data_files_below(&folder)?.first().context("a file")?);
     let bytes = std::fs::read(&file)?;
     for damage in [None, Some(&bytes[..bytes.len() / 2]), Some(&[0_u8; 64][..])] {
         std::fs::remove_file(&file)?;

@@ -9,6 +9,7 @@ mod isolation;
 mod limits;
 mod manifests;
 mod names;
+mod outside;
 mod sql;
 mod types;
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use kalamdb_test_support::pod::{Home, Pod, eventually, files_below};
+use kalamdb_test_support::pod::{Home, Pod, data_files_below, eventually};
 use serde_json::{Value, json};
 
 use super::{BINARY, declare, returns, table, user_table};
@@ -74,7 +74,7 @@ async fn a_manifest_that_is_added_changed_or_removed_shows_within_a_second() -> 
     within_a_second(&pod, "INSERT INTO app.second VALUES (3, 'x', 1)", 404).await?;
     let names = "SELECT table_name FROM information_schema.tables";
     returns(&pod, "alice", names, json!([["first"]])).await?;
-    let files = files_below(&home.data_dir().join("files/users"))?;
+    let files = data_files_below(&home.data_dir().join("files/users"))?;
     ensure!(files.len() == 1, "a file was removed or made: {files:?}");
 
     home.write_manifest("more.yaml", &user_table("second", &[COLUMNS[0], COLUMNS[1], "added, type: INT"]))?;
@@ -246,7 +246,7 @@ async fn a_storage_that_is_to_become_another_is_refused_and_stays_as_it_was() ->
         }
         expected.push(json!([id.to_string(), "x"]));
         returns(&pod, "alice", "SELECT * FROM app.t ORDER BY id", json!(expected)).await?;
-        let files = files_below(&home.data_dir().join("files/users"))?;
+        let files = data_files_below(&home.data_dir().join("files/users"))?;
         ensure!(files.len() == 2 * (id + 1), "{files:?}");
         home.write_manifest("all.yaml", &good)?;
         within_a_second(&pod, &format!("SELECT * FROM app.{other}"), 404).await?;

@@ -1,7 +1,7 @@
 //! What statements do: the same wherever the rows are, and an error wherever the answer would not be right.
 
 use anyhow::{Context as _, ensure};
-use kalamdb_test_support::pod::{Home, Pod, eventually, files_below};
+use kalamdb_test_support::pod::{Home, Pod, data_files_below, eventually};
 use serde_json::{Value, json};
 
 use super::{BINARY, declare, refusal, refused, returns, rows, table, user_table};
@@ -137,7 +137,7 @@ async fn a_query_returns_the_same_wherever_its_rows_are() -> anyhow::Result<()> 
             flush(&pod, user).await?;
         }
     }
-    let files = |user: &str| files_below(&home.data_dir().join("files/users").join(user));
+    let files = |user: &str| data_files_below(&home.data_dir().join("files/users").join(user));
     ensure!(files("hot")?.is_empty() && files("half")?.len() == 2 && files("cold")?.len() == 2);
     let mut before: Option<Vec<String>> = None;
     for round in ["as written", "after a restart", "after kill -9"] {
@@ -501,8 +501,9 @@ async fn rows_become_a_file_by_count_by_age_and_on_request() -> anyhow::Result<(
         ]),
     )?;
     let pod = home.start().await?;
-    let files =
-        |user: &str, table: &str| files_below(&home.data_dir().join("files/users").join(user).join("app").join(table));
+    let files = |user: &str, table: &str| {
+        data_files_below(&home.data_dir().join("files/users").join(user).join("app").join(table))
+    };
     let insert = async |user: &str, table: &str, count: usize| {
         pod.run(user, &format!("INSERT INTO app.{table} (body) VALUES {}", vec!["('x')"; count].join(",")), json!([]))
             .await
@@ -589,7 +590,7 @@ async fn a_shared_table_is_one_for_all_who_may() -> anyhow::Result<()> {
             }
         }
     }
-    ensure!(files_below(&home.data_dir().join("files/shared/app"))?.len() == 3);
+    ensure!(data_files_below(&home.data_dir().join("files/shared/app"))?.len() == 3);
     Ok(())
 }
 
@@ -690,6 +691,6 @@ async fn an_empty_table_answers_like_any_other() -> anyhow::Result<()> {
     returns(&pod, "alice", "SELECT count(*), sum(qty), max(price) FROM app.orders", json!([["0", null, null]])).await?;
     returns(&pod, "alice", "SELECT * FROM app.orders ORDER BY id LIMIT 5", json!([])).await?;
     ensure!(pod.run("alice", FLUSH_ORDERS, json!([])).await? == 0);
-    ensure!(files_below(&home.data_dir().join("files/users"))?.is_empty());
+    ensure!(data_files_below(&home.data_dir().join("files/users"))?.is_empty());
     Ok(())
 }
