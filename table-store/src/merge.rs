@@ -25,6 +25,9 @@ use crate::values;
 /// Rows of a batch that a merge gives.
 const BATCH_ROWS: usize = 8_192;
 
+/// Batches of files that one batch takes rows from: where few rows are kept, they must not all be held.
+const BATCHES_MAX: usize = 256;
+
 /// Why a merge ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
@@ -62,6 +65,8 @@ struct Source {
     path: String,
     batches: Batches,
     batch: RecordBatch,
+    /// Of one row of the batch, on average.
+    row_bytes: usize,
     keys: Vec<Vec<u8>>,
     next: usize,
 }
@@ -92,7 +97,7 @@ impl<'a> Merge<'a> {
             let batches = parquet_read::read_all_but(store, file, &file.replaced).await?;
             let empty = RecordBatch::new_empty(table.arrow_schema());
             let path = file.path.clone();
-            merge.sources.push(Source { path, batches, batch: empty, keys: Vec::new(), next: 0 });
+            merge.sources.push(Source { path, batches, batch: empty, row_bytes: 0, keys: Vec::new(), next: 0 });
             merge.advance(merge.sources.len() - 1).await?;
         }
         Ok(merge)
@@ -106,7 +111,8 @@ impl<'a> Merge<'a> {
         let mut batches: Vec<RecordBatch> = Vec::new();
         let mut at: Vec<Option<usize>> = vec![None; self.sources.len()];
         let mut rows: Vec<(usize, usize)> = Vec::new();
-        while rows.len() < BATCH_ROWS {
+        let mut bytes = 0;
+        while rows.len() < BATCH_ROWS && bytes < parquet_read::BATCH_BYTES && batches.len() < BATCHES_MAX {
             let Some(Reverse((key, index))) = self.heap.pop() else { break };
             let source = &self.sources[index];
             if self.last.as_ref() == Some(&key) {
@@ -118,6 +124,7 @@ impl<'a> Merge<'a> {
                     batches.len() - 1
                 });
                 rows.push((batch, source.next));
+                bytes += source.row_bytes;
             }
             self.last = Some(key);
             if self.sources[index].next + 1 == self.sources[index].keys.len() {
@@ -151,6 +158,7 @@ impl<'a> Merge<'a> {
                 conform(self.table, &batch).map_err(|error| MergeError::Batch { path: path(), source: error })?;
             let keys = KeyColumns::find(self.table, &source.batch)
                 .and_then(|columns| (0..source.batch.num_rows()).map(|row| columns.key(row)).collect());
+            source.row_bytes = batch.get_array_memory_size() / batch.num_rows().max(1);
             source.keys = keys.map_err(|error| MergeError::Key { path: path(), source: error })?;
             source.next = 0;
         }

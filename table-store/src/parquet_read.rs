@@ -35,6 +35,8 @@ use crate::values::{self, ValueError};
 const FOOTER_BYTES: u64 = 64 << 10;
 /// Rows decoded at once.
 const BATCH_ROWS: usize = 8_192;
+/// Bytes decoded at once, about, where whole files are read.
+pub(crate) const BATCH_BYTES: usize = 32 << 20;
 
 /// Why keys could not be looked up.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +189,11 @@ pub(crate) async fn read_all_but(
     let builder = open(store, file).await?;
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let selection = without.all_but(rows);
-    let batches = builder.with_row_selection(selection).with_batch_size(BATCH_ROWS).build().map_err(failed.clone())?;
+    // Rows may have megabytes: then few at once.
+    let raw: u64 = builder.metadata().row_groups().iter().map(|group| group.total_byte_size().unsigned_abs()).sum();
+    let fit = BATCH_BYTES as u64 / (raw / file.rows.max(1)).max(1);
+    let batch_rows = usize::try_from(fit).unwrap_or(BATCH_ROWS).clamp(1, BATCH_ROWS);
+    let batches = builder.with_row_selection(selection).with_batch_size(batch_rows).build().map_err(failed.clone())?;
     Ok(batches.map_err(failed).boxed())
 }
 

@@ -28,6 +28,12 @@ impl Positions {
         self.0.len()
     }
 
+    /// About what they take in JSON.
+    #[must_use]
+    pub fn json_bytes(&self) -> usize {
+        self.0.serialized_size() / 3 * 4 + 8
+    }
+
     /// Whether `row` is one.
     #[must_use]
     pub fn contains(&self, row: u32) -> bool {

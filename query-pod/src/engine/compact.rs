@@ -7,7 +7,7 @@
 //!
 //! After a crash before the commit there is a file that nobody names; after it, the edit is found in the stream.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -15,8 +15,9 @@ use kalamdb_model::{InstanceId, TableEntry};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 use kalamdb_table_store::merge::{Merge, MergeError};
 use kalamdb_table_store::{Positions, parquet_file, paths};
+use parking_lot::Mutex;
 
-use super::flush::{Encoded, FlushError};
+use super::flush::{Encoded, FlushError, WAIT};
 use super::{EPOCH, Engine, RootKey, now_us};
 use crate::crash;
 use crate::error::Chain;
@@ -43,38 +44,85 @@ pub struct Compacted {
     pub rows: u64,
 }
 
+/// Compactions under way and to come.
+#[derive(Default)]
+pub(super) struct Compactions {
+    turns: Mutex<HashMap<RootKey, Arc<tokio::sync::Mutex<()>>>>,
+    waiting: Mutex<HashSet<InstanceId>>,
+}
+
 /// Deleted rows up to this moment need not be kept; `None`: all are kept.
 fn deleted_until(table: &TableEntry, now_us: i64) -> Option<i64> {
     table.deleted_retention_hours.map(|hours| now_us.saturating_sub(i64::from(hours).saturating_mul(HOUR_US)))
 }
 
+/// What a compaction is to do.
+#[derive(Debug, PartialEq)]
+struct Choice<'a> {
+    files: Vec<&'a FileEntry>,
+    /// Rows that were deleted up to here are left out.
+    deleted_until_us: Option<i64>,
+}
+
 /// Which files to rewrite, if any. With `all`, every one that would be better for it.
-fn choose(files: &[FileEntry], deleted_until_us: Option<i64>, all: bool) -> Vec<&FileEntry> {
-    let expired = |file: &FileEntry| {
-        !file.tombstones.is_empty() && deleted_until_us.is_some_and(|until| file.deleted_since_us <= until)
+fn choose(files: &[FileEntry], deleted_until_us: Option<i64>, all: bool) -> Choice<'_> {
+    let chosen = pick(files, deleted_until_us, all);
+    let Some(until) = deleted_until_us else { return Choice { files: chosen, deleted_until_us: None } };
+    // A deleted row is kept as long as a file that stays may hold an older version of it.
+    let alone = |chosen: &[&FileEntry]| {
+        let stays = |file: &&FileEntry| !chosen.iter().any(|other| other.path == file.path);
+        files.iter().filter(stays).all(|file| file.replaced.is_empty())
     };
-    let dead = |file: &FileEntry| match expired(file) {
-        true => file.hidden().len(),
-        false => file.replaced.len(),
+    if alone(&chosen) {
+        return Choice { files: chosen, deleted_until_us };
+    }
+    if all || chosen.iter().any(|file| is_overdue(file, until)) {
+        let wider = |file: &&FileEntry| !file.replaced.is_empty() || chosen.iter().any(|other| other.path == file.path);
+        let wider = within_budget(files.iter().filter(wider).collect());
+        if alone(&wider) {
+            return Choice { files: wider, deleted_until_us };
+        }
+    }
+    // Without dropping them: a file must not be rewritten for the sake of rows that stay.
+    Choice { files: pick(files, None, all), deleted_until_us: None }
+}
+
+fn is_overdue(file: &FileEntry, until: i64) -> bool {
+    !file.tombstones.is_empty() && file.deleted_since_us.saturating_add(DEAD_MAX_US) <= until
+}
+
+/// Rows that a rewrite drops for sure: deleted ones only when the time of all of them is over.
+fn dead(file: &FileEntry, until: Option<i64>) -> u64 {
+    if until.is_some_and(|until| file.created_us <= until) { file.hidden().len() } else { file.replaced.len() }
+}
+
+fn pick(files: &[FileEntry], until: Option<i64>, all: bool) -> Vec<&FileEntry> {
+    let small = |file: &FileEntry| file.bytes < SMALL_BYTES;
+    let many = files.iter().filter(|file| small(file)).count() >= if all { 2 } else { SMALL_FILES_MAX };
+    let worn = |file: &FileEntry| {
+        let dead = dead(file, until);
+        let expired = !file.tombstones.is_empty() && until.is_some_and(|until| file.deleted_since_us <= until);
+        (all && (dead > 0 || expired))
+            || (dead > 0 && dead * DEAD_SHARE >= file.rows)
+            || until.is_some_and(|until| is_overdue(file, until))
     };
-    let overdue = |file: &FileEntry| {
-        expired(file)
-            && deleted_until_us.is_some_and(|until| file.deleted_since_us.saturating_add(DEAD_MAX_US) <= until)
-    };
-    let small: Vec<&FileEntry> = files.iter().filter(|file| file.bytes < SMALL_BYTES).collect();
-    let many = small.len() >= if all { 2 } else { SMALL_FILES_MAX };
-    let chosen = files.iter().filter(|file| {
-        let worn = dead(file) > 0 && (all || dead(file) * DEAD_SHARE >= file.rows || overdue(file));
-        worn || (many && file.bytes < SMALL_BYTES)
+    let chosen = within_budget(files.iter().filter(|file| worn(file) || (many && small(file))).collect());
+    match chosen.as_slice() {
+        // One file without anything dead would become itself.
+        [one] if !worn(one) => files.iter().find(|file| worn(file)).into_iter().collect(),
+        _ => chosen,
+    }
+}
+
+/// As many as may be read at once; one in any case.
+fn within_budget(mut chosen: Vec<&FileEntry>) -> Vec<&FileEntry> {
+    let mut bytes = 0_u64;
+    chosen.retain(|file| {
+        let fits = bytes == 0 || bytes + file.bytes <= INPUT_BYTES_MAX;
+        bytes += if fits { file.bytes } else { 0 };
+        fits
     });
-    let mut bytes = 0;
-    let within = |file: &&FileEntry| {
-        bytes += file.bytes;
-        bytes <= INPUT_BYTES_MAX
-    };
-    let chosen: Vec<&FileEntry> = chosen.take_while(within).collect();
-    // One file without anything dead would become itself.
-    if chosen.len() == 1 && dead(chosen[0]) == 0 { Vec::new() } else { chosen }
+    chosen
 }
 
 impl Engine {
@@ -84,23 +132,21 @@ impl Engine {
     /// See [`FlushError`]; trying again is always right.
     pub async fn compact(self: &Arc<Self>, id: &InstanceId, all: bool) -> Result<Compacted, FlushError> {
         let instance = self.instances.get(id)?;
-        let _no_flush = instance.flushes.lock().await;
+        let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
+        let _no_flush = earlier.map_err(|_| FlushError::Waiting)?;
         let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
             return Err(FlushError::TableGone);
         };
         let view = Arc::clone(&instance.current.read().view);
         self.check_owner(&table, id, &view)?;
-        let until = deleted_until(&table, now_us());
-        let files: Vec<FileEntry> = choose(&view.manifest.files, until, all).into_iter().cloned().collect();
+        let Choice { files, deleted_until_us } = choose(&view.manifest.files, deleted_until(&table, now_us()), all);
+        let files: Vec<FileEntry> = files.into_iter().cloned().collect();
         if files.is_empty() {
             return Ok(Compacted::default());
         }
         let root = RootKey::of(&table.location);
         self.open_stream(&root).await?;
-        // A deleted row is kept as long as a file that stays may hold an older version of it.
-        let chosen = |path: &str| files.iter().any(|file| file.path == path);
-        let alone = view.manifest.files.iter().filter(|file| !chosen(&file.path)).all(|file| file.replaced.is_empty());
-        let merged = self.merge(&table, id, &root, u64::from(view.flushed.0), &files, until.filter(|_| alone)).await?;
+        let merged = self.merge(&table, id, &root, u64::from(view.flushed.0), &files, deleted_until_us).await?;
         crash::point("compact.merged");
         let add = match merged {
             Some(file) => {
@@ -135,7 +181,7 @@ impl Engine {
         let published = tokio::task::spawn_blocking(move || engine.buffer.published()).await??;
         let (mut done, mut failure) = (Compacted::default(), None);
         for id in published.into_iter().filter(matches) {
-            match self.compact(&id, true).await {
+            match self.compact_in_turn(&id, true).await {
                 Ok(Compacted { files, rows }) => {
                     done.files += files;
                     done.rows += rows;
@@ -146,15 +192,37 @@ impl Engine {
         failure.map_or(Ok(done), Err)
     }
 
-    /// After a flush: compacts if it is worth it, one instance of the pod at a time.
-    pub(super) async fn compact_after_flush(self: &Arc<Self>, id: &InstanceId) {
-        let Ok(_turn) = self.compactions.acquire().await else { return };
-        if self.stop.is_cancelled() {
+    /// One compaction of a storage at a time; one that is down holds up only its own.
+    async fn compact_in_turn(self: &Arc<Self>, id: &InstanceId, all: bool) -> Result<Compacted, FlushError> {
+        let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
+            return Err(FlushError::TableGone);
+        };
+        let turns = Arc::clone(self.compactions.turns.lock().entry(RootKey::of(&table.location)).or_default());
+        let _turn = tokio::time::timeout(WAIT, turns.lock()).await.map_err(|_| FlushError::Waiting)?;
+        self.compact(id, all).await
+    }
+
+    /// After a flush: compacts soon if it is worth it.
+    pub(super) fn compact_soon(self: &Arc<Self>, id: &InstanceId) {
+        if !self.compactions.waiting.lock().insert(id.clone()) {
             return;
         }
-        if let Err(error) = self.compact(id, false).await {
-            tracing::warn!(table = id.table.0, error = %Chain(&error), "a compaction failed; it is tried again after the next flush");
-        }
+        let (engine, id) = (Arc::clone(self), id.clone());
+        self.spawn(async move {
+            let outcome = if engine.stop.is_cancelled() {
+                Ok(Compacted::default())
+            } else {
+                engine.compact_in_turn(&id, false).await
+            };
+            engine.compactions.waiting.lock().remove(&id);
+            if let Err(error) = outcome {
+                tracing::warn!(
+                    table = id.table.0,
+                    error = %Chain(&error),
+                    "a compaction did not happen; it is tried again after the next flush"
+                );
+            }
+        });
     }
 
     async fn merge(
@@ -212,5 +280,73 @@ impl From<MergeError> for FlushError {
             MergeError::Read(error) => Self::Located(error.into()),
             other => Self::Compact(other.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY_US: i64 = 24 * HOUR_US;
+
+    /// A file of a hundred rows, made on day `made`, with so many deleted on day `deleted` and so many replaced.
+    fn file(name: &str, mib: u64, made: i64, (deleted, on): (u32, i64), replaced: u32) -> FileEntry {
+        FileEntry {
+            path: name.to_owned(),
+            rows: 100,
+            bytes: mib << 20,
+            min_key: vec![],
+            max_key: vec![],
+            min_seq: 0,
+            max_seq: 0,
+            schema_version: 1,
+            created_us: made * DAY_US,
+            tombstones: (0..deleted).collect(),
+            deleted_since_us: if deleted > 0 { on * DAY_US } else { 0 },
+            replaced: (50..50 + replaced).collect(),
+        }
+    }
+
+    fn chosen(files: &[FileEntry], until_day: Option<i64>, all: bool) -> (Vec<&str>, bool) {
+        let choice = choose(files, until_day.map(|day| day * DAY_US), all);
+        (choice.files.iter().map(|file| file.path.as_str()).collect(), choice.deleted_until_us.is_some())
+    }
+
+    #[test]
+    fn eight_small_files_become_one_and_seven_do_not() {
+        let files: Vec<FileEntry> = (0..8).map(|n| file(&format!("f{n}"), 1, 1, (0, 0), 0)).collect();
+        assert_eq!(chosen(&files, None, false).0.len(), 8);
+        assert_eq!(chosen(&files[..7], None, false).0.len(), 0);
+        assert_eq!(chosen(&files[..2], None, true).0.len(), 2);
+        assert_eq!(chosen(&files[..1], None, true).0.len(), 0);
+    }
+
+    #[test]
+    fn a_file_is_rewritten_when_a_tenth_of_it_is_dead() {
+        let files = [file("a", 40, 1, (0, 0), 9), file("b", 40, 1, (0, 0), 10)];
+        assert_eq!(chosen(&files, None, false).0, ["b"]);
+        assert_eq!(chosen(&files, None, true).0, ["a", "b"]);
+    }
+
+    #[test]
+    fn deleted_rows_count_only_when_the_time_of_all_is_over_and_are_never_a_reason_without_being_dropped() {
+        let worn = [file("a", 40, 3, (20, 1), 0)];
+        assert_eq!(chosen(&worn, Some(1), false), (vec![], true), "some of them are younger");
+        assert_eq!(chosen(&worn, Some(3), false), (vec!["a"], true));
+        assert_eq!(chosen(&worn, None, false), (vec![], false), "they are kept for ever");
+        // Another file may hold older versions, and is not worth a rewrite: nothing is gained by one.
+        let beside = [file("a", 40, 3, (20, 3), 0), file("b", 40, 3, (0, 0), 1)];
+        assert_eq!(chosen(&beside, Some(3), false), (vec![], false));
+        // A day later both are: the bytes have to go.
+        assert_eq!(chosen(&beside, Some(4), false), (vec!["a", "b"], true));
+    }
+
+    #[test]
+    fn a_large_file_neither_stops_others_nor_waits_for_ever() {
+        let large = [file("a", 200, 1, (0, 0), 20), file("b", 40, 1, (0, 0), 20)];
+        assert_eq!(chosen(&large, None, false).0, ["a"]);
+        assert_eq!(chosen(&large[1..], None, false).0, ["b"]);
+        let mixed = [file("a", 1, 1, (0, 0), 0), file("b", 1, 1, (0, 0), 0), file("c", 200, 1, (0, 0), 1)];
+        assert_eq!(chosen(&mixed, None, true).0, ["a", "b"]);
     }
 }

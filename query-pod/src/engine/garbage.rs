@@ -63,7 +63,10 @@ impl Engine {
         let after_us = i64::try_from(self.limits.garbage_after_secs.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
         let mut removed = 0;
         for (key, text) in self.buffer.state_scan(NOTES)? {
-            let Note { storage, root, path, instance, since_us } = serde_json::from_slice(&text)?;
+            let Ok(Note { storage, root, path, instance, since_us }) = serde_json::from_slice(&text) else {
+                tracing::error!(object_path = %key, "a note of a replaced file is damaged; the file stays");
+                continue;
+            };
             if now_us().saturating_sub(since_us) < after_us {
                 continue;
             }

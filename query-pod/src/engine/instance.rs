@@ -46,7 +46,7 @@ pub(super) struct Current {
 
 impl Current {
     /// Takes note of what was looked up in the files of `view`; of no use when there are others by now.
-    pub(super) fn note(&mut self, view: &Arc<View>, found: HashMap<Vec<u8>, Option<Position>>) {
+    pub(super) fn note(&mut self, view: &Arc<View>, found: impl IntoIterator<Item = (Vec<u8>, Option<Position>)>) {
         if Arc::ptr_eq(&self.view, view) {
             self.located.extend(found);
         }

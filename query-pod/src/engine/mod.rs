@@ -73,8 +73,7 @@ pub struct Engine {
     metrics: Arc<Metrics>,
     /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
     broken: AtomicBool,
-    /// One compaction at a time: half of the machine stays with requests.
-    compactions: tokio::sync::Semaphore,
+    compactions: compact::Compactions,
     /// Set when the data is another's, for good.
     disowned: OnceLock<Disowned>,
     tasks: TaskTracker,
@@ -132,7 +131,7 @@ impl Engine {
             limits,
             metrics,
             broken: AtomicBool::new(false),
-            compactions: tokio::sync::Semaphore::new(1),
+            compactions: compact::Compactions::default(),
             disowned: OnceLock::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),

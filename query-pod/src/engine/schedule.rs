@@ -148,7 +148,7 @@ async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
     engine.schedule.done(&engine, &id, outcome.is_ok());
     drop(slot);
     if outcome.is_ok() {
-        engine.compact_after_flush(&id).await;
+        engine.compact_soon(&id);
         engine.describe(&id, false).await;
     }
 }
@@ -173,6 +173,7 @@ impl Engine {
                 if outcome.is_ok() {
                     engine.schedule.done(&engine, &id, true);
                     engine.describe(&id, true).await;
+                    engine.compact_soon(&id);
                 }
                 outcome
             });

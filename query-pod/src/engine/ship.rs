@@ -295,7 +295,11 @@ fn is_published(view: &View, edit: &Edit) -> bool {
 /// About what an edit takes in its object: keys are written in hex.
 fn size(request: &Request) -> usize {
     let files = request.edit.iter().flat_map(|edit| &edit.add);
-    files.map(|file| 512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len()).sum()
+    let files = files.map(|file| {
+        512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len() + file.tombstones.json_bytes()
+    });
+    let replaced = request.edit.iter().flat_map(|edit| &edit.replace);
+    files.sum::<usize>() + replaced.map(|(path, rows)| path.len() + rows.json_bytes()).sum::<usize>()
 }
 
 async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Request>) {

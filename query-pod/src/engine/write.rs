@@ -185,10 +185,18 @@ impl Writing {
         for (key, position) in &located {
             self.known.insert(key.clone(), in_files(&view, position.as_ref()));
         }
-        // Noted before the rows that replace them are there: for a reader they are facts about the files, no more.
-        let replaced = located.into_iter().filter(|(_, position)| position.is_some()).collect();
-        self.instance.current.write().note(&view, replaced);
         Ok(())
+    }
+
+    /// Takes note of the rows of files that `rows` are about to replace. Before they are there: for a reader these are facts
+    /// about the files, no more.
+    fn note_replaced(&self, rows: &[EncodedRow]) {
+        let mut current = self.instance.current.write();
+        for row in rows {
+            if let Some(Existing { place: Place::File(at, view), .. }) = self.known.get(&row.key) {
+                current.note(view, [(row.key.clone(), Some(at.clone()))]);
+            }
+        }
     }
 
     /// The values of existing rows, by key. Keys that do not exist are left out.
@@ -259,6 +267,7 @@ impl Writing {
             EncodedRow { key: row.key, value: row.value, fresh }
         };
         let rows: Vec<EncodedRow> = put.into_iter().chain(deleted).map(encoded).collect();
+        self.note_replaced(&rows);
         let engine = &self.engine;
         let _room = engine.take_room(&self.instance, &rows)?;
         engine.buffer.commit(self.instance.id.clone(), rows).await.inspect_err(|error| engine.note_failure(error))?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::OnceLock;
 
-use arrow::array::{Array as _, ArrayRef};
+use arrow::array::{Array as _, ArrayRef, AsArray as _};
 use arrow::datatypes::DataType;
 use datafusion::common::tree_node::TreeNode as _;
 use datafusion::common::{DFSchema, ScalarValue};
@@ -305,6 +305,9 @@ fn needs_rows(expr: &Logical) -> bool {
 /// Whether a number lost digits on its way into a column of whole numbers or decimals. Into FLOAT and DOUBLE every number
 /// is rounded, as a literal is.
 fn rounds(from: &ArrayRef, to: &ArrayRef) -> Result<bool, arrow::error::ArrowError> {
+    if let (DataType::List(_), DataType::List(_)) = (from.data_type(), to.data_type()) {
+        return rounds(from.as_list::<i32>().values(), to.as_list::<i32>().values());
+    }
     let exact = to.data_type().is_integer() || to.data_type().is_decimal();
     if !exact || !from.data_type().is_numeric() {
         return Ok(false);
@@ -319,7 +322,13 @@ fn assignable(from: &DataType, to: &DataType) -> bool {
     let texty = |ty: &DataType| matches!(ty, DataType::Utf8 | DataType::Utf8View | DataType::LargeUtf8);
     let binary = |ty: &DataType| matches!(ty, DataType::Binary | DataType::BinaryView | DataType::LargeBinary);
     match (from, to) {
-        (DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..), DataType::List(_)) => true,
+        // The items as the values of a column.
+        (DataType::List(from), DataType::List(to)) => {
+            from.data_type().is_null() || assignable(from.data_type(), to.data_type())
+        }
+        (DataType::LargeList(from) | DataType::FixedSizeList(from, _), DataType::List(to)) => {
+            from.data_type() == to.data_type()
+        }
         (from, to) if from.is_temporal() && to.is_temporal() => true,
         (from, to) => {
             from == to || (numeric(from) && numeric(to)) || (texty(from) && texty(to)) || (binary(from) && binary(to))

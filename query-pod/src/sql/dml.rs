@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::{ArrayRef, AsArray as _, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema};
@@ -29,6 +30,9 @@ use crate::http::encode::{Answer, Encoder};
 /// Largest primary key, encoded: every file's smallest and largest key stand in its manifest.
 const KEY_BYTES_MAX: usize = 8 << 10;
 
+/// Rows that exist which an upsert reads at once.
+const EXISTING_ROWS: usize = 64;
+
 /// A whole row with its key.
 struct Row {
     key: Vec<u8>,
@@ -43,6 +47,8 @@ struct Target<'a> {
     table: Arc<TableEntry>,
     owner: Owner,
     key: Vec<usize>,
+    /// Of the rows that were read or made so far.
+    bytes: AtomicUsize,
 }
 
 /// What a column of a row becomes.
@@ -74,7 +80,7 @@ impl Sql {
         let table = Arc::clone(self.resolve(request, snapshot, table)?);
         let owner = owner_for(&table, request.identity, true)?;
         let key = table.key_positions();
-        Ok(Target { sql: self, request, snapshot, table, owner, key })
+        Ok(Target { sql: self, request, snapshot, table, owner, key, bytes: AtomicUsize::new(0) })
     }
 
     pub(super) async fn insert(
@@ -87,19 +93,27 @@ impl Sql {
         let target = self.target(request, snapshot, &table, &parameters)?;
         let evaluate = Evaluate::new(self, request, snapshot);
         let into = targets(&target.table, &columns)?;
+        // What a query reads must not change before it is written; VALUES need no lock before they are known.
+        let mut held = None;
         let (rows, generated) = match source {
             Source::Values(rows) => target.of_values(&evaluate, &into, &rows)?,
-            Source::Query(query) => target.of_query(&evaluate, &into, *query).await?,
+            Source::Query(query) => {
+                held = Some(target.hold().await?);
+                target.of_query(&evaluate, &into, *query).await?
+            }
         };
         if rows.is_empty() {
             return target.answer(Changes::default(), returning, "inserted").await.map(|(_, answer)| answer);
         }
         let Some(conflict) = conflict else {
             let changes = Changes { count: rows.len() as u64, put: rows, delete: Vec::new() };
-            return target.insert_all(changes, generated, returning).await;
+            return target.insert_all(held, changes, generated, returning).await;
         };
         target.check_conflict_target(&conflict)?;
-        let mut writing = target.hold().await?;
+        let mut writing = match held {
+            Some(writing) => writing,
+            None => target.hold().await?,
+        };
         let changes = target.resolve_conflicts(&evaluate, &mut writing, rows, conflict).await?;
         target.finish(writing, changes, returning, "inserted").await
     }
@@ -151,7 +165,25 @@ impl Sql {
 
 impl Target<'_> {
     async fn hold(&self) -> Result<Writing, ApiError> {
-        self.sql.engine.write(&self.table, &self.owner).await.map_err(of_engine)
+        let writing = self.sql.engine.write(&self.table, &self.owner).await.map_err(of_engine)?;
+        // Rows that were written since by a newer catalog have columns that this statement would drop.
+        let now = self.sql.engine.catalog().current().table_by_id(self.table.id).map(|table| table.schema_version);
+        if now == Some(self.table.schema_version) {
+            return Ok(writing);
+        }
+        let message = format!("`{}` was changed while the statement waited; send it again", self.table.name);
+        Err(ApiError::unavailable("TABLE_CHANGED", message))
+    }
+
+    /// Counts a row against what one statement may hold: the values of all its rows, old and new.
+    fn take(&self, bytes: usize, number: usize) -> Result<(), ApiError> {
+        let limit = self.sql.limits.statement_rows_bytes_max;
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= limit {
+            return Ok(());
+        }
+        let message =
+            format!("the rows of the statement, up to row {number}, take more than {limit} bytes; do it in parts");
+        Err(ApiError::new(Kind::TooLarge, "TOO_MANY_ROWS", message))
     }
 
     /// A row of whole values; `number` is its place in the statement, counted from 1.
@@ -168,6 +200,7 @@ impl Target<'_> {
             let message = format!("row {number}: column `{}` must not be NULL", column.0.name);
             return Err(ApiError::invalid("NULL_VALUE", message));
         }
+        self.take(bytes + values.len() * size_of::<Value>(), number)?;
         let key_values: Vec<Value> = self.key.iter().map(|at| values[*at].clone()).collect();
         let key = key::encode(&key_values);
         if key.len() > KEY_BYTES_MAX {
@@ -275,25 +308,39 @@ impl Target<'_> {
         &self,
         evaluate: &Evaluate<'_>,
         set: &[(usize, NewValue)],
-        mut rows: Vec<Vec<Value>>,
+        rows: Vec<Vec<Value>>,
         batch: &RecordBatch,
         first: usize,
         before: usize,
     ) -> Result<Vec<Row>, ApiError> {
+        let computed = set.iter().filter(|(_, to)| matches!(to, NewValue::Computed(_))).count();
+        if batch.num_columns() != first + computed || batch.num_rows() != rows.len() {
+            return Err(internal("the computed columns are not those of the statement"));
+        }
+        let mut assigned: HashMap<usize, std::vec::IntoIter<Value>> = HashMap::new();
         for (position, to) in set {
-            let column = &self.table.columns[*position];
-            match to {
-                NewValue::Is(value) => rows.iter_mut().for_each(|row| row[*position] = value.clone()),
-                NewValue::Default => rows.iter_mut().for_each(|row| row[*position] = evaluate.default(column).0),
-                NewValue::Computed(index) => {
-                    let assigned = self.assigned(batch.column(first + index), column, before)?;
-                    for (row, value) in rows.iter_mut().zip(assigned) {
-                        row[*position] = value;
-                    }
-                }
+            if let NewValue::Computed(index) = to {
+                let column = &self.table.columns[*position];
+                let values = self.assigned(batch.column(first + index), column, before)?;
+                assigned.insert(*position, values.into_iter());
             }
         }
-        (before + 1..).zip(rows).map(|(number, values)| self.row(values, number)).collect()
+        // Row by row, so that what is made is counted before there is more of it.
+        let new = |(number, mut values): (usize, Vec<Value>)| {
+            for (position, to) in set {
+                let column = &self.table.columns[*position];
+                values[*position] = match to {
+                    NewValue::Is(value) => value.clone(),
+                    NewValue::Default => evaluate.default(column).0,
+                    NewValue::Computed(_) => assigned
+                        .get_mut(position)
+                        .and_then(Iterator::next)
+                        .ok_or_else(|| internal("a computed column is too short"))?,
+                };
+            }
+            self.row(values, number)
+        };
+        (before + 1..).zip(rows).map(new).collect()
     }
 
     /// After an UPDATE: a row whose key stayed is only put; one whose key changed goes from the old to the new, where none
@@ -340,6 +387,9 @@ impl Target<'_> {
         rows: Vec<Row>,
         conflict: Conflict,
     ) -> Result<Changes, ApiError> {
+        if let Some(update) = &conflict.update {
+            self.set(evaluate, &update.columns)?;
+        }
         writing.look_up(rows.iter().map(|row| row.key.as_slice())).await.map_err(of_engine)?;
         let mut changes = Changes::default();
         let mut seen: BTreeSet<Vec<u8>> = BTreeSet::new();
@@ -358,8 +408,16 @@ impl Target<'_> {
         if let Some(update) = conflict.update
             && !conflicting.is_empty()
         {
-            let keys: BTreeSet<Vec<u8>> = conflicting.iter().map(|row| row.key.clone()).collect();
-            let existing = writing.rows(&keys).await.map_err(of_engine)?;
+            let mut existing = HashMap::new();
+            // A few at a time, so that they are counted before there are more.
+            for some in conflicting.chunks(EXISTING_ROWS) {
+                let keys: BTreeSet<Vec<u8>> = some.iter().map(|row| row.key.clone()).collect();
+                for (key, values) in writing.rows(&keys).await.map_err(of_engine)? {
+                    let bytes: usize = values.iter().map(Value::size).sum();
+                    self.take(bytes + values.len() * size_of::<Value>(), existing.len() + 1)?;
+                    existing.insert(key, values);
+                }
+            }
             self.update_conflicting(evaluate, &mut changes, conflicting, existing, update).await?;
         }
         changes.count = changes.put.len() as u64;
@@ -454,18 +512,18 @@ impl Target<'_> {
 
     async fn insert_all(
         &self,
+        held: Option<Writing>,
         changes: Changes,
         generated: bool,
         returning: Option<QueryStatement>,
     ) -> Result<Answer, ApiError> {
         let (changes, answer) = self.answer(changes, returning, "inserted").await?;
         let engine = &self.sql.engine;
-        let hold = if generated {
-            engine.append(&self.table, &self.owner).await
-        } else {
-            engine.write(&self.table, &self.owner).await
+        let writing = match held {
+            Some(writing) => writing,
+            None if generated => engine.append(&self.table, &self.owner).await.map_err(of_engine)?,
+            None => engine.write(&self.table, &self.owner).await.map_err(of_engine)?,
         };
-        let writing = hold.map_err(of_engine)?;
         let put = self.encoded(&changes.put);
         // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
         let written = tokio::spawn(async move { writing.insert(put).await });

@@ -275,6 +275,15 @@ fn allow(statement: ast::Statement) -> Result<Statement, ApiError> {
             };
             query(explain).map(Box::new).map(Statement::Query)
         }
+        ast::Statement::Insert(_) | ast::Statement::Update(_) | ast::Statement::Delete(_) => writing(statement),
+        other => refuse(format!("`{}`", kind_of(&other))),
+    }
+}
+
+/// A statement that writes, after the checks of a query: what is in VALUES is computed without being planned as one.
+fn writing(statement: ast::Statement) -> Result<Statement, ApiError> {
+    check(&statement)?;
+    match statement {
         ast::Statement::Insert(insert) => parse_dml::insert(insert).map(Box::new).map(Statement::Insert),
         ast::Statement::Update(update) => parse_dml::update(update).map(Box::new).map(Statement::Update),
         ast::Statement::Delete(delete) => parse_dml::delete(delete).map(Box::new).map(Statement::Delete),
@@ -291,14 +300,19 @@ fn kind_of(statement: &ast::Statement) -> String {
 
 /// Checks what is to be planned, at any depth.
 pub(super) fn query(mut statement: ast::Statement) -> Result<QueryStatement, ApiError> {
+    let names_system_columns = check(&statement)?;
+    rewrite::query(&mut statement);
+    Ok(QueryStatement { statement, names_system_columns })
+}
+
+/// Refuses what must not be planned, and tells whether a system column is named.
+fn check(statement: &ast::Statement) -> Result<bool, ApiError> {
     let mut check = Check { names_system_columns: false, maps: 0 };
     if let ControlFlow::Break(error) = statement.visit(&mut check) {
         return Err(error);
     }
-    unfolding::check(&statement)?;
-    let names_system_columns = check.names_system_columns;
-    rewrite::query(&mut statement);
-    Ok(QueryStatement { statement, names_system_columns })
+    unfolding::check(statement)?;
+    Ok(check.names_system_columns)
 }
 
 /// Refuses what a query must not hold, at any depth.

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use datafusion::sql::sqlparser::ast::{
     self, Assignment, AssignmentTarget, ConflictTarget, Expr, FromTable, Ident, ObjectName, ObjectNamePart,
     OnConflictAction, OnInsert, Query, Select, SelectItem, SelectItemQualifiedWildcardKind, SetExpr, TableFactor,
-    TableObject, TableWithJoins,
+    TableObject, TableWithJoins, VisitMut as _, VisitorMut,
 };
 use datafusion::sql::sqlparser::parser::Parser;
 
@@ -200,21 +200,44 @@ fn conflict(on: OnInsert, table: &ObjectName, alias: &Ident) -> Result<Conflict,
     let mut selection = update.selection;
     let mut assignments = update.assignments;
     // A bare column is the row that exists.
-    let mut own = |expr: &mut Expr| -> ControlFlow<()> {
-        if let Expr::Identifier(ident) = expr
-            && !(ident.quote_style.is_none() && ident.value.eq_ignore_ascii_case("default"))
-        {
-            *expr = Expr::CompoundIdentifier(vec![alias.clone(), ident.clone()]);
-        }
-        ControlFlow::Continue(())
-    };
-    let _ = ast::visit_expressions_mut(&mut selection, &mut own);
+    let mut own = OwnColumns { table: alias };
+    let _ = selection.visit(&mut own);
     for assignment in &mut assignments {
-        let _ = ast::visit_expressions_mut(&mut assignment.value, &mut own);
+        let _ = assignment.value.visit(&mut own);
     }
     let set = assign(assignments, vec![first], from, selection)?;
     no_subqueries(&set.rows, "ON CONFLICT DO UPDATE")?;
     Ok(Conflict { target, update: Some(set) })
+}
+
+/// Says of every bare column whose it is.
+struct OwnColumns<'a> {
+    table: &'a Ident,
+}
+
+impl VisitorMut for OwnColumns<'_> {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+        let same = |a: &Ident, b: &str| column_name(a) == b;
+        match expr {
+            Expr::Identifier(ident) if !(ident.quote_style.is_none() && same(ident, "default")) => {
+                *expr = Expr::CompoundIdentifier(vec![self.table.clone(), ident.clone()]);
+            }
+            // `excluded.tags[1]` is parsed as a field of a column `excluded`.
+            Expr::CompoundFieldAccess { root, access_chain } => {
+                if let Expr::Identifier(first) = &**root
+                    && (same(first, EXCLUDED) || same(first, &column_name(self.table)))
+                    && let Some(ast::AccessExpr::Dot(Expr::Identifier(column))) = access_chain.first()
+                {
+                    **root = Expr::CompoundIdentifier(vec![first.clone(), column.clone()]);
+                    access_chain.remove(0);
+                }
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
 }
 
 pub(super) fn update(update: ast::Update) -> Result<Update, ApiError> {
@@ -273,7 +296,10 @@ fn assign(
         let AssignmentTarget::ColumnName(name) = target else {
             return refuse("SET of several columns at once; write `SET a = 1, b = 2`");
         };
-        let Some(ObjectNamePart::Identifier(column)) = name.0.last() else { return refuse("this target of SET") };
+        let [ObjectNamePart::Identifier(column)] = name.0.as_slice() else {
+            return refuse("a target of SET that is not the bare name of a column");
+        };
+        no_unnest(&value, "SET")?;
         let to = if is_constant(&value) {
             SetTo::Constant(Box::new(value))
         } else {
@@ -291,7 +317,9 @@ fn assign(
 fn is_constant(value: &Expr) -> bool {
     match value {
         Expr::Value(_) => true,
-        Expr::UnaryOp { op: ast::UnaryOperator::Minus, expr } => matches!(**expr, Expr::Value(_)),
+        Expr::UnaryOp { op: ast::UnaryOperator::Minus, expr } => {
+            matches!(&**expr, Expr::Value(value) if matches!(value.value, ast::Value::Number(..)))
+        }
         Expr::Identifier(ident) => ident.quote_style.is_none() && ident.value.eq_ignore_ascii_case("default"),
         _ => false,
     }
@@ -299,6 +327,7 @@ fn is_constant(value: &Expr) -> bool {
 
 /// `SELECT items FROM the rows that the statement wrote`: the caller puts those in the place of the table.
 fn returning(items: Vec<SelectItem>, from: TableFactor) -> Result<QueryStatement, ApiError> {
+    items.iter().try_for_each(|item| no_unnest(item, "RETURNING"))?;
     let rows = select(items, TableWithJoins { relation: from, joins: Vec::new() }, None)?;
     no_subqueries(&rows, "RETURNING")?;
     if rows.names_system_columns {
@@ -322,6 +351,15 @@ fn select(items: Vec<SelectItem>, from: TableWithJoins, selection: Option<Expr>)
     query(ast::Statement::Query(parsed))
 }
 
+/// `unnest` makes other rows of one, and other columns of one.
+fn no_unnest(part: &impl ast::Visit, place: &str) -> Result<(), ApiError> {
+    let found = ast::visit_expressions(part, |expr| match expr {
+        Expr::Function(function) if function.name.to_string().eq_ignore_ascii_case("unnest") => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    no(found.is_break(), &format!("`unnest` in {place}"))
+}
+
 fn no_subqueries(rows: &QueryStatement, place: &str) -> Result<(), ApiError> {
     let found = ast::visit_expressions(&rows.statement, |expr| match expr {
         Expr::Subquery(_) | Expr::Exists { .. } | Expr::InSubquery { .. } => ControlFlow::Break(()),
@@ -333,7 +371,18 @@ fn no_subqueries(rows: &QueryStatement, place: &str) -> Result<(), ApiError> {
 /// A table with the name that its columns are called by.
 fn plain_table(table: &TableWithJoins) -> Result<(ObjectName, Ident), ApiError> {
     match &table.relation {
-        TableFactor::Table { name, alias, args: None, .. } if table.joins.is_empty() => {
+        TableFactor::Table {
+            name,
+            alias,
+            args: None,
+            with_hints,
+            version: None,
+            with_ordinality: false,
+            partitions,
+            json_path: None,
+            sample: None,
+            index_hints,
+        } if table.joins.is_empty() && with_hints.is_empty() && partitions.is_empty() && index_hints.is_empty() => {
             let alias = match alias {
                 None => last_part(name)?,
                 Some(alias) if alias.columns.is_empty() => alias.name.clone(),

@@ -132,7 +132,9 @@ async fn collect(
     let (mut batches, mut bytes) = (Vec::new(), 0);
     while let Some(batch) = stream.next().await {
         let batch = batch.map_err(explain)?;
-        bytes += batch.get_array_memory_size();
+        // Of the slice: a batch may be a part of a much larger one.
+        let sizes = batch.columns().iter().map(|column| column.to_data().get_slice_memory_size());
+        bytes += sizes.sum::<Result<usize, _>>().map_err(|error| ApiError::internal(&error))?;
         if bytes > limits.statement_rows_bytes_max {
             let limit = limits.statement_rows_bytes_max;
             let message = format!("the statement touches more than {limit} bytes of rows; do it in parts");
@@ -191,8 +193,11 @@ fn bind(
     }
     let mut values: Vec<ScalarValue> = Vec::with_capacity(request.params.len());
     for (number, raw) in (1_usize..).zip(request.params) {
-        let wanted = inferred.get(&format!("${number}")).and_then(Option::as_ref);
-        values.push(params::parameter(number, raw, wanted)?);
+        // A parameter that another part of the statement uses may be of any type; nobody looks at it here.
+        values.push(match inferred.get(&format!("${number}")) {
+            Some(wanted) => params::parameter(number, raw, wanted.as_ref())?,
+            None => ScalarValue::Null,
+        });
     }
     plan.with_param_values(ParamValues::from(values)).map_err(invalid_parameter)
 }

@@ -216,3 +216,54 @@ async fn a_table_without_a_key_gets_one() -> anyhow::Result<()> {
         json!([["plain", "id", "SNOWFLAKE_ID()", "NO", "BIGINT"], ["with_id", "id", "SNOWFLAKE_ID()", "NO", "BIGINT"]]);
     returns(&pod, "alice", sql, expected).await
 }
+
+#[tokio::test]
+async fn updates_and_upserts_store_what_they_say_or_nothing() -> anyhow::Result<()> {
+    let columns = [
+        "id, type: BIGINT, primaryKey: true",
+        "num, type: INT",
+        "tags, type: \"ARRAY<INT>\"",
+        "price, type: \"DECIMAL(38,0)\"",
+    ];
+    let home = Home::new(BINARY, &declare(&[user_table("t", &columns)]))?;
+    let pod = home.start().await?;
+    pod.run("alice", "INSERT INTO app.t VALUES (1, 1, make_array(1, 2), 5), (2, 2, NULL, 5)", json!([])).await?;
+    pod.run("bob", "INSERT INTO app.t VALUES (1, 7, NULL, 5)", json!([])).await?;
+    let large = json!(["x".repeat(1_000_000), 1]);
+    for (sql, params, status) in [
+        ("UPDATE app.t SET tags = make_array(1.9, 2.5)", json!([]), 400),
+        ("UPDATE app.t SET tags = make_array('1', '2')", json!([]), 400),
+        ("UPDATE app.t SET num = 2147483648", json!([]), 400),
+        ("UPDATE app.t SET num = num / 0", json!([]), 400),
+        ("UPDATE app.t SET id = NULL", json!([]), 400),
+        ("UPDATE app.t SET id = 2 WHERE id = 1", json!([]), 409),
+        ("UPDATE app.t SET num = $2 WHERE $1 = 'x' AND $3 = 1", large, 400),
+    ] {
+        let answer = pod.sql("alice", sql, params).await?;
+        ensure!(answer.status == status, "{sql}: {}", answer.text);
+    }
+    returns(&pod, "alice", "SELECT * FROM app.t ORDER BY id", json!([["1", 1, [1, 2], "5"], ["2", 2, null, "5"]]))
+        .await?;
+    // A parameter has the type of its own place, in whichever part of the statement that is.
+    let big = json!([12_345_678_901_234_567_890_u64, 2]);
+    pod.run("alice", "UPDATE app.t SET price = $1 WHERE id = $2", big).await?;
+    pod.run("alice", "UPDATE app.t SET id = CASE id WHEN 1 THEN 2 ELSE 1 END", json!([])).await?;
+    let upsert = "INSERT INTO app.t AS x VALUES (2, 9, make_array(7, 8), 1) ON CONFLICT (id) DO UPDATE \
+                  SET num = excluded.tags[2] + x.tags[1] + num WHERE excluded.num > x.num RETURNING num, id";
+    let found = crate::rows(
+        &pod,
+        "alice",
+        &upsert.replace(" AS x", "").replace("x.tags", "t.tags").replace("x.num", "t.num"),
+        json!([]),
+    )
+    .await?;
+    ensure!(found == json!([[8 + 1 + 1, "2"]]), "{found}");
+    returns(
+        &pod,
+        "alice",
+        "SELECT id, num, price FROM app.t ORDER BY id",
+        json!([["1", 2, "12345678901234567890"], ["2", 10, "5"]]),
+    )
+    .await?;
+    returns(&pod, "bob", "SELECT * FROM app.t", json!([["1", 7, null, "5"]])).await
+}
