@@ -14,7 +14,7 @@ use arrow::array::RecordBatch;
 use kalamdb_model::{InstanceId, TableEntry};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
 use kalamdb_table_store::merge::{Merge, MergeError};
-use kalamdb_table_store::{Positions, parquet_file, paths};
+use kalamdb_table_store::{parquet_file, paths};
 use parking_lot::Mutex;
 
 use super::flush::{Encoded, FlushError, WAIT};
@@ -144,6 +144,11 @@ impl Engine {
         if files.is_empty() {
             return Ok(Compacted::default());
         }
+        if let Some(found) =
+            files.iter().map(|file| file.schema_version).max().filter(|found| *found > table.schema_version)
+        {
+            return Err(FlushError::NewerRows { found, known: table.schema_version });
+        }
         let root = RootKey::of(&table.location);
         self.open_stream(&root).await?;
         let merged = self.merge(&table, id, &root, u64::from(view.flushed.0), &files, deleted_until_us).await?;
@@ -256,21 +261,7 @@ impl Engine {
         }
         drop(sender);
         let Some((written, bytes)) = encoding.await?? else { return Ok(None) };
-        let entry = FileEntry {
-            path: path.to_string(),
-            rows: written.rows,
-            bytes: bytes.len() as u64,
-            min_key: written.min_key,
-            max_key: written.max_key,
-            min_seq: written.min_seq,
-            max_seq: written.max_seq,
-            schema_version: table.schema_version,
-            created_us: now_us(),
-            tombstones: written.tombstones,
-            deleted_since_us: written.deleted_since_us,
-            replaced: Positions::default(),
-        };
-        Ok(Some(Encoded { path, bytes: bytes.into(), entry }))
+        Ok(Some(Encoded::new(path, table, written, bytes)))
     }
 }
 

@@ -16,7 +16,7 @@ use kalamdb_model::{Generation, InstanceId, Location, TableEntry};
 use kalamdb_table_store::Positions;
 use kalamdb_table_store::create::{self, Create, CreateError};
 use kalamdb_table_store::manifest::{Edit, FileEntry};
-use kalamdb_table_store::parquet_file;
+use kalamdb_table_store::parquet_file::{self, FileStats};
 use kalamdb_table_store::paths::{self, PathError};
 use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{CommitError, RowError};
@@ -273,21 +273,7 @@ impl Engine {
         let written =
             parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)
                 .map_err(|error| FlushError::File(Box::new(error)))?;
-        let entry = FileEntry {
-            path: path.to_string(),
-            rows: written.rows,
-            bytes: bytes.len() as u64,
-            min_key: written.min_key,
-            max_key: written.max_key,
-            min_seq: written.min_seq,
-            max_seq: written.max_seq,
-            schema_version: table.schema_version,
-            created_us: now_us(),
-            tombstones: written.tombstones,
-            deleted_since_us: written.deleted_since_us,
-            replaced: Positions::default(),
-        };
-        Ok(Encoded { path, bytes: bytes.into(), entry })
+        Ok(Encoded::new(path, table, written, bytes))
     }
 
     pub(super) async fn upload(
@@ -327,4 +313,24 @@ pub(super) struct Encoded {
     pub(super) path: object_store::path::Path,
     pub(super) bytes: Bytes,
     pub(super) entry: FileEntry,
+}
+
+impl Encoded {
+    pub(super) fn new(path: object_store::path::Path, table: &TableEntry, written: FileStats, bytes: Vec<u8>) -> Self {
+        let entry = FileEntry {
+            path: path.to_string(),
+            rows: written.rows,
+            bytes: bytes.len() as u64,
+            min_key: written.min_key,
+            max_key: written.max_key,
+            min_seq: written.min_seq,
+            max_seq: written.max_seq,
+            schema_version: table.schema_version,
+            created_us: now_us(),
+            tombstones: written.tombstones,
+            deleted_since_us: written.deleted_since_us,
+            replaced: Positions::default(),
+        };
+        Self { path, bytes: bytes.into(), entry }
+    }
 }

@@ -196,10 +196,7 @@ impl Sql {
         target: &parse::TableRef,
     ) -> Result<Answer, ApiError> {
         let table = self.resolve(request, snapshot, target)?;
-        let all = request.identity.role >= Role::Dba;
-        let own = Owner::User(request.identity.user.clone());
-        let id = table.id;
-        let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
+        let matches = own_or_all(table, request.identity);
         let engine = Arc::clone(&self.engine);
         let flushing = tokio::spawn(async move { engine.flush_matching(matches).await });
         let rows = flushing
@@ -217,10 +214,7 @@ impl Sql {
         target: &parse::TableRef,
     ) -> Result<Answer, ApiError> {
         let table = self.resolve(request, snapshot, target)?;
-        let all = request.identity.role >= Role::Dba;
-        let own = Owner::User(request.identity.user.clone());
-        let id = table.id;
-        let matches = move |instance: &InstanceId| instance.table == id && (all || instance.owner == own);
+        let matches = own_or_all(table, request.identity);
         let engine = Arc::clone(&self.engine);
         let compacting = tokio::spawn(async move { engine.compact_matching(matches).await });
         let done = compacting
@@ -241,6 +235,12 @@ impl Sql {
         let name = target.qualified(request.namespace)?;
         snapshot.table(&name).ok_or_else(|| session::no_such_table(snapshot, &name.to_string()))
     }
+}
+
+/// Instances of `table` that a command is about: the caller's own; for `dba` and `system`, everybody's.
+fn own_or_all(table: &TableEntry, identity: &Identity) -> impl Fn(&InstanceId) -> bool + use<> {
+    let (id, all, own) = (table.id, identity.role >= Role::Dba, Owner::User(identity.user.clone()));
+    move |instance| instance.table == id && (all || instance.owner == own)
 }
 
 /// Whose instance of `table` the caller reads and writes.
