@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
-    ColumnSpec, Declared, DeletionPolicy, Durability, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec,
+    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec,
     StorageSpec, TableSpec,
 };
 use crate::defaults::{DefaultCall, DefaultExpr};
@@ -298,7 +298,6 @@ impl Pass<'_> {
         let namespace = self.namespace_of_object(&spec.namespace_ref)?;
         let name = TableName { namespace, table: spec.table_name.clone() };
         self.refuse_taken("table", &name, self.next.tables.get(&name).map(|entry| &entry.object))?;
-        refuse_unkept_promises(spec)?;
         if spec.use_user_storage {
             warnings.push("spec.useUserStorage: users have no storages of their own in this version".to_owned());
         }
@@ -517,17 +516,6 @@ fn settled(old: Option<&ObjectRef>, new: &ObjectRef) -> ObjectRef {
     match old {
         Some(old) if old.uid == new.uid && old.generation == new.generation => old.clone(),
         _ => new.clone(),
-    }
-}
-
-/// A durability that is declared and not given would cost acknowledged rows; better no table.
-fn refuse_unkept_promises(spec: &TableSpec) -> Result<(), Refusal> {
-    match spec.durability {
-        Durability::Local => Ok(()),
-        Durability::ObjectStore => refuse(
-            Reason::Unsupported,
-            "spec.durability: `objectStore` is not available in this version; `local` acknowledges after fsync on the pod's disk",
-        ),
     }
 }
 

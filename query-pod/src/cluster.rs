@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Secret;
 use kalamdb_table_store::catalog_log::{self, CatalogLog, LogError};
-use kalamdb_table_store::owners::{self, ClaimError};
+use kalamdb_table_store::owners::{self, ClaimError, Claimed};
 use kalamdb_table_store::store::{self, Credentials};
 use kube::Api;
 use object_store::ObjectStore;
@@ -57,11 +57,17 @@ async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
         return Ok(());
     }
     let volume = parts.engine.volume()?;
-    let pod = std::env::var("POD_NAME").unwrap_or_else(|_| "unnamed".to_owned());
+    let pod = std::env::var("POD_NAME").unwrap_or_else(|_| format!("unnamed-{volume}"));
     loop {
         match owners::claim(home, &volume, &pod).await {
-            Ok(()) => break,
-            Err(error @ ClaimError::Unknown(_)) => {
+            Ok(Claimed::First) => break,
+            Ok(Claimed::Succeeded) => {
+                tracing::warn!(pod, "this volume is new, and its instance is not: its storages are read back first");
+                // Before the claim is taken for granted: a crash in between claims, and comes here, again.
+                parts.engine.expect_rebuild()?;
+                break;
+            }
+            Err(error @ (ClaimError::Unknown(_) | ClaimError::Read { .. })) => {
                 tracing::warn!(error = %Chain(&error), "the home store does not answer; waiting to claim the instance");
                 tokio::time::sleep(BACKOFF).await;
             }

@@ -28,6 +28,12 @@ pub struct Metrics {
     pub flush_failures: Counter,
     /// Compactions of instances.
     pub compactions: Counter,
+    /// Checkpoints of commit streams.
+    pub checkpoints: Counter,
+    /// Rows brought back from commit streams on a new volume.
+    pub rows_rebuilt: Counter,
+    /// Bytes of acknowledged rows that are not in the commit stream of their storage yet.
+    pub unshipped_bytes: Gauge,
     /// Queries run.
     pub queries: Counter,
     /// Seconds per statement, from request to answer.
@@ -47,7 +53,8 @@ impl Default for Metrics {
         let statement_seconds = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
         let (rows_written, rows_flushed) = (Counter::default(), Counter::default());
         let (flushes, flush_failures, queries) = (Counter::default(), Counter::default(), Counter::default());
-        let compactions = Counter::default();
+        let (compactions, checkpoints, rows_rebuilt) = (Counter::default(), Counter::default(), Counter::default());
+        let unshipped_bytes = Gauge::default();
         let (catalog_version, catalog_refused) = (Gauge::default(), Gauge::default());
         let failures = Family::<Status, Counter>::default();
         registry.register("rows_written", "Rows acknowledged", rows_written.clone());
@@ -55,6 +62,17 @@ impl Default for Metrics {
         registry.register("flushes", "Files written by flushes", flushes.clone());
         registry.register("flush_failures", "Flushes that did not finish and are tried again", flush_failures.clone());
         registry.register("compactions", "Compactions of one user's part of a table", compactions.clone());
+        registry.register("checkpoints", "Checkpoints of commit streams", checkpoints.clone());
+        registry.register(
+            "rows_rebuilt",
+            "Unflushed rows brought back from commit streams after the loss of a volume",
+            rows_rebuilt.clone(),
+        );
+        registry.register(
+            "unshipped_bytes",
+            "Bytes of acknowledged rows that are on this disk and not yet in the commit stream of their storage",
+            unshipped_bytes.clone(),
+        );
         registry.register("queries", "Queries run", queries.clone());
         registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
         registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
@@ -77,6 +95,9 @@ impl Default for Metrics {
             flushes,
             flush_failures,
             compactions,
+            checkpoints,
+            rows_rebuilt,
+            unshipped_bytes,
             queries,
             statement_seconds,
             catalog_version,

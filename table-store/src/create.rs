@@ -16,8 +16,10 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 const RETRIES_MAX: u32 = 3;
 /// Pause before the first retry; doubles with each: 100 + 200 + 400 ms.
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
-/// One request, the store's own retries included; 4 puts and 4 gets make at most 80 s.
+/// One small request, the store's own retries included; 4 puts and 4 gets make at most 80 s.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a slow line carries in a second: large objects get more time.
+const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
 
 /// Who created the object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +54,7 @@ pub async fn create_exact(store: &dyn ObjectStore, path: &Path, bytes: Bytes) ->
     let mut attempt = 0;
     loop {
         let put = store.put_opts(path, PutPayload::from_bytes(bytes.clone()), PutMode::Create.into());
-        let failure = match within(put).await {
+        let failure = match within_for(bytes.len() as u64, put).await {
             Ok(_) => return Ok(Create::Ours),
             // Even "already exists" may be our own put: the store may have retried it, or lost its first answer.
             Err(failure) => failure,
@@ -73,18 +75,31 @@ pub async fn create_exact(store: &dyn ObjectStore, path: &Path, bytes: Bytes) ->
 
 /// The bytes at `path`; `None` only when the store says that nothing is there.
 pub(crate) async fn read(store: &dyn ObjectStore, path: &Path) -> Result<Option<Bytes>, object_store::Error> {
-    match within(async { store.get(path).await?.bytes().await }).await {
+    let get = async {
+        let found = within(store.get(path)).await?;
+        within_for(found.meta.size, found.bytes()).await
+    };
+    match get.await {
         Ok(bytes) => Ok(Some(bytes)),
         Err(object_store::Error::NotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Bounds one request.
+/// Bounds one small request.
 pub(crate) async fn within<T>(
     call: impl Future<Output = Result<T, object_store::Error>>,
 ) -> Result<T, object_store::Error> {
-    tokio::time::timeout(CALL_TIMEOUT, call)
+    within_for(0, call).await
+}
+
+/// Bounds a request that carries so many bytes.
+async fn within_for<T>(
+    bytes: u64,
+    call: impl Future<Output = Result<T, object_store::Error>>,
+) -> Result<T, object_store::Error> {
+    let limit = CALL_TIMEOUT + Duration::from_secs(bytes / BYTES_PER_SECOND_MIN);
+    tokio::time::timeout(limit, call)
         .await
         .unwrap_or_else(|elapsed| Err(object_store::Error::Generic { store: "table-store", source: Box::new(elapsed) }))
 }

@@ -1,8 +1,8 @@
 //! What KalamDB keeps in object storage: where each object lies, how it is written safely, and how it reads back.
 //!
 //! Owns: object paths ([`paths`]), stores and their credentials ([`store`], [`filesystem`]), create-if-absent
-//! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]), manifests ([`manifest`]) and Parquet
-//! files ([`parquet_file`]).
+//! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]) and its checkpoints ([`checkpoint`]),
+//! manifests ([`manifest`]) and Parquet files ([`parquet_file`]).
 //! Does not own: which pod may write (shards and leases are the query pod's), unflushed rows (`write_buffer`), SQL.
 //!
 //! After a crash: every object is created whole or not at all and is never changed afterwards, so each step may run
@@ -11,6 +11,7 @@
 
 mod catalog_delta;
 pub mod catalog_log;
+pub mod checkpoint;
 pub mod create;
 pub mod filesystem;
 pub mod key_columns;
@@ -34,4 +35,4 @@ pub use manifest::{Edit, FileEntry, Manifest};
 pub use positions::Positions;
 pub use probe::{ProbeError, ProbeReason, probe};
 pub use store::{Credentials, StoreError, open, open_first, open_home};
-pub use stream::{Replay, StreamError, StreamWriter, fence};
+pub use stream::{StreamError, StreamWriter, fence};

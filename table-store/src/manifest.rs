@@ -64,13 +64,15 @@ impl FileEntry {
 pub struct Manifest {
     /// [`FORMAT`].
     pub format: u32,
+    /// Every row of the instance up to this `_seq` is in the files, or was replaced by one that is.
+    pub last_seq: i64,
     /// The files.
     pub files: Vec<FileEntry>,
 }
 
 impl Default for Manifest {
     fn default() -> Self {
-        Self { format: FORMAT, files: Vec::new() }
+        Self { format: FORMAT, last_seq: 0, files: Vec::new() }
     }
 }
 
@@ -143,7 +145,7 @@ pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
     }
     files.extend(edit.add.iter().cloned());
     files.sort_by(|a, b| a.path.cmp(&b.path));
-    Manifest { format: manifest.format, files }
+    Manifest { format: manifest.format, last_seq: manifest.last_seq.max(edit.last_seq), files }
 }
 
 mod hex {

@@ -152,6 +152,44 @@ pub fn stream_prefix(incarnation: &str) -> Path {
     Path::from_iter([CLUSTER, "stream", incarnation])
 }
 
+/// The folder of all commit streams of a storage.
+#[must_use]
+pub fn streams_prefix() -> Path {
+    Path::from_iter([CLUSTER, "stream"])
+}
+
+/// The number of a [`stream_object`].
+#[must_use]
+pub fn stream_seq(path: &Path) -> Option<u64> {
+    path.filename()?.strip_suffix(".log")?.parse().ok()
+}
+
+/// The folder of the checkpoints of one commit stream.
+#[must_use]
+pub fn checkpoints_prefix(incarnation: &str) -> Path {
+    Path::from_iter([CLUSTER, "checkpoint", incarnation])
+}
+
+/// What says that a checkpoint is complete: it stands for all objects of the stream before `seq`. `attempt` tells it from
+/// others of the same number.
+#[must_use]
+pub fn checkpoint(incarnation: &str, seq: u64, attempt: &str) -> Path {
+    child(&checkpoints_prefix(incarnation), &format!("{seq:020}-{attempt}.log"))
+}
+
+/// A part of a checkpoint, counted from 0.
+#[must_use]
+pub fn checkpoint_part(incarnation: &str, seq: u64, attempt: &str, part: u32) -> Path {
+    child(&child(&checkpoints_prefix(incarnation), &format!("{seq:020}-{attempt}")), &format!("{part:06}.log"))
+}
+
+/// Number and attempt of a [`checkpoint`]; `None` for a part.
+#[must_use]
+pub fn checkpoint_name(path: &Path) -> Option<(u64, String)> {
+    let (seq, attempt) = path.filename()?.strip_suffix(".log")?.split_once('-')?;
+    Some((seq.parse().ok()?, attempt.to_owned()))
+}
+
 /// The folder of the catalog log.
 #[must_use]
 pub fn catalog_prefix() -> Path {
@@ -408,6 +446,13 @@ mod tests {
         let file = data_file(&prefix, 7, 255, "01JARZ3NDEKTSV4RRFFQ69G5FAV");
         assert_eq!(file.as_ref(), "users/%41nn/app/t/00000007-00000000000000ff-01jarz3ndektsv4rrffq69g5fav.parquet");
         assert_eq!(stream_object("01JAB", 3).as_ref(), "_cluster/stream/01JAB/00000000000000000003.log");
+        assert_eq!(stream_seq(&stream_object("01JAB", 3)), Some(3));
+        assert_eq!(
+            checkpoint_part("01JAB", 3, "9f", 1).as_ref(),
+            "_cluster/checkpoint/01JAB/00000000000000000003-9f/000001.log"
+        );
+        assert_eq!(checkpoint_name(&checkpoint("01JAB", 3, "9f")), Some((3, "9f".to_owned())));
+        assert_eq!(checkpoint_name(&checkpoint_part("01JAB", 3, "9f", 1)), None);
         assert_eq!(catalog_entry(64).as_ref(), "_catalog/objects/00000000000000000064.json");
         assert_eq!(catalog_snapshot(64).as_ref(), "_catalog/objects/snapshot-00000000000000000064.json");
         assert_eq!(users_entry(1).as_ref(), "_catalog/users/00000000000000000001.json");

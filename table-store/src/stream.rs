@@ -1,30 +1,30 @@
-//! The commit stream of one incarnation in one storage: the order in which its flushes became true, and its end.
+//! The commit stream of one incarnation in one storage: the order in which its flushes became true, the rows that are in
+//! no file yet, and its end.
 //!
-//! Owns: numbers without gaps, the stall on an unknown answer, fences, replay. Does not own: the bytes
-//! ([`StreamObject`]) or when to append (the committer's and the flush's business).
+//! Owns: numbers without gaps, the stall on an unknown answer, fences, reading back. Does not own: the bytes
+//! ([`StreamObject`]), when to append, or checkpoints ([`crate::checkpoint`]).
 //!
-//! After a crash: what was appended is found again by [`fence`], which also makes sure that nothing is appended any more.
-//! A put that was given up may land at any later time; therefore the writer keeps number *and* bytes until it knows.
-//! Fences are never deleted: a number that became free could be won by a writer that had slept.
+//! After a crash: [`fence`] makes sure that nothing is appended any more; what lies before the fence is read with
+//! [`round`]. A put that was given up may land at any later time; therefore the writer keeps number *and* bytes until it
+//! knows. Fences are never deleted: a number that became free could be won by a writer that had slept. Of the other
+//! objects the last one stays until there is a later one ([`trim`]): so a reader that begins too early sees that something
+//! is missing, and takes it for no end.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::ObjectStore;
 use object_store::path::Path;
 
 use crate::create::{self, Create, CreateError, create_exact};
-use crate::manifest::Edit;
 use crate::paths;
-pub use crate::stream_format::{BLOCK_BYTES_MAX, Body, FORMAT, FormatError, Header, StreamObject};
+pub use crate::stream_format::{BLOCK_BYTES_MAX, Body, FORMAT, FormatError, Header, Round, RowBlock, StreamObject};
 
 /// Most edits of one object.
 pub const APPEND_EDITS_MAX: usize = 10_000;
 /// Largest object that is written; a round with more is split by the caller.
-pub const APPEND_BYTES_MAX: usize = 16 << 20;
-/// Most edits that [`fence`] keeps in memory, a few hundred bytes each. A pod records in its write buffer how far its
-/// stream has come, so that in practice no more than one round is replayed.
-pub const REPLAY_EDITS_MAX: usize = 100_000;
+pub const APPEND_BYTES_MAX: usize = 160 << 20;
 
 /// Why a stream cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -77,13 +77,19 @@ pub enum StreamError {
     /// The bytes cannot be made; nothing was written.
     #[error("the commit cannot be encoded")]
     Encode(#[source] FormatError),
-    /// More edits than fit in memory. Apply them with [`read`] up to `next_seq`, then fence from there.
-    #[error("stream `{incarnation}` has more than {REPLAY_EDITS_MAX} edits before object {next_seq}")]
-    TooMany {
-        /// The stream.
-        incarnation: String,
-        /// The first object that was not replayed.
-        next_seq: u64,
+    /// The store does not list.
+    #[error("failed to list `{prefix}`")]
+    List {
+        /// What was to be listed.
+        prefix: Path,
+        /// What the store said.
+        source: object_store::Error,
+    },
+    /// An object that must be there is not.
+    #[error("`{path}` is missing")]
+    Missing {
+        /// The object.
+        path: Path,
     },
 }
 
@@ -100,7 +106,7 @@ pub struct StreamWriter {
 /// An object that may or may not be there.
 #[derive(Debug)]
 struct Pending {
-    edits: Vec<Edit>,
+    round: Arc<Round>,
     bytes: Bytes,
 }
 
@@ -134,42 +140,34 @@ impl StreamWriter {
         self.pending.is_some()
     }
 
-    /// Stores `edits` as the next object and returns its number: from then on they are true.
+    /// Stores `round` as the next object and returns its number: from then on it is true.
     ///
-    /// After [`StreamError::Unknown`], or when the future was dropped, the same edits may be true or not. The next call
-    /// resolves that first: called with the same edits it returns their number and writes them once only; called with
-    /// others, it appends these after them.
+    /// After [`StreamError::Unknown`], or when the future was dropped, the same round may be true or not. The next call
+    /// resolves that first: called with the same round it returns its number and writes it once only; called with
+    /// another, it appends this after it.
     ///
     /// # Errors
     /// [`StreamError::Fenced`] and [`StreamError::Foreign`] are final. After others the call may be repeated.
-    pub async fn append(&mut self, edits: Vec<Edit>) -> Result<u64, StreamError> {
+    pub async fn append(&mut self, round: &Arc<Round>) -> Result<u64, StreamError> {
         if let Some(pending) = &self.pending {
-            let same = pending.edits == edits;
+            let same = pending.round == *round;
             let seq = self.settle().await?;
             if same {
                 return Ok(seq);
             }
         }
         self.check_end()?;
-        let bytes = self.encode(&edits)?;
-        self.pending = Some(Pending { edits, bytes });
+        let bytes = self.encode(round)?;
+        self.pending = Some(Pending { round: Arc::clone(round), bytes });
         self.settle().await
     }
 
-    /// Resolves an append whose outcome is unknown; its number if there was one. After `Ok` nothing is pending.
-    ///
-    /// # Errors
-    /// As [`StreamWriter::append`].
-    pub async fn resolve(&mut self) -> Result<Option<u64>, StreamError> {
-        if self.pending.is_none() { Ok(None) } else { self.settle().await.map(Some) }
-    }
-
-    fn encode(&self, edits: &[Edit]) -> Result<Bytes, StreamError> {
-        let too_large = |bytes| StreamError::TooLarge { edits: edits.len(), bytes };
-        if edits.len() > APPEND_EDITS_MAX {
+    fn encode(&self, round: &Round) -> Result<Bytes, StreamError> {
+        let too_large = |bytes| StreamError::TooLarge { edits: round.edits.len(), bytes };
+        if round.edits.len() > APPEND_EDITS_MAX {
             return Err(too_large(0));
         }
-        let body = Body::Edits(edits.to_vec());
+        let body = Body::Round(round.clone());
         let bytes = object_bytes(&self.incarnation, self.next_seq, body)?;
         if bytes.len() > APPEND_BYTES_MAX { Err(too_large(bytes.len())) } else { Ok(bytes) }
     }
@@ -208,71 +206,115 @@ impl StreamWriter {
     }
 }
 
-/// What a stream held that is now ended.
+/// The end of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Replay {
-    /// Its edits from the number that was asked for, each with the number of its object, in commit order.
-    pub edits: Vec<(u64, Edit)>,
-    /// Number of the fence.
-    pub fence_seq: u64,
+pub struct Fence {
+    /// Its number: all before it counts, and nothing comes after it.
+    pub seq: u64,
     /// Who ended the stream: the caller, or somebody before him.
-    pub fenced_by: String,
+    pub by: String,
 }
 
-/// What a stream holds so far.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
-    /// Its edits from the number that was asked for, in commit order.
-    pub edits: Vec<Edit>,
-    /// Who ended it, if it is ended.
-    pub fenced_by: Option<String>,
-}
-
-/// What the stream of `incarnation` holds from `from_seq` on, as far as it has come. Ends nothing: more may follow.
-///
-/// # Errors
-/// As [`fence`].
-pub async fn look(store: &dyn ObjectStore, incarnation: &str, from_seq: u64) -> Result<Look, StreamError> {
-    let mut edits = Vec::new();
-    let mut seq = from_seq;
-    while let Some(found) = read(store, incarnation, seq).await? {
-        match found.body {
-            Body::Fence { by } => return Ok(Look { edits, fenced_by: Some(by) }),
-            Body::Edits(more) => edits.extend(more),
-        }
-        seq += 1;
-        if edits.len() > REPLAY_EDITS_MAX {
-            return Err(StreamError::TooMany { incarnation: incarnation.to_owned(), next_seq: seq });
-        }
-    }
-    Ok(Look { edits, fenced_by: None })
-}
-
-/// Ends the stream of `incarnation` for ever, and returns what it holds from `from_seq` on.
+/// Ends the stream of `incarnation` for ever, at its first free number from `from_seq` on.
 ///
 /// A fence that is there already, ours or another's, ends it just as well: a caller that died after its fence, and its
-/// successor, both get the same answer. Memory is bounded by [`REPLAY_EDITS_MAX`] and one object at a time.
+/// successor, both get the same answer.
 ///
 /// # Errors
 /// Nothing is concluded from an unknown answer or a damaged object: until the call succeeds the stream may go on.
-pub async fn fence(store: &dyn ObjectStore, incarnation: &str, from_seq: u64, by: &str) -> Result<Replay, StreamError> {
-    let mut edits = Vec::new();
+pub async fn fence(store: &dyn ObjectStore, incarnation: &str, from_seq: u64, by: &str) -> Result<Fence, StreamError> {
     let mut seq = from_seq;
     loop {
         let path = paths::stream_object(incarnation, seq);
         let bytes = object_bytes(incarnation, seq, Body::Fence { by: by.to_owned() })?;
         let found = match create_exact(store, &path, bytes).await.map_err(StreamError::Unknown)? {
-            Create::Ours => return Ok(Replay { edits, fence_seq: seq, fenced_by: by.to_owned() }),
+            Create::Ours => return Ok(Fence { seq, by: by.to_owned() }),
             Create::Lost(found) => decode(&found, &path, incarnation, seq)?,
         };
         match found.body {
-            Body::Fence { by } => return Ok(Replay { edits, fence_seq: seq, fenced_by: by }),
-            Body::Edits(more) => edits.extend(more.into_iter().map(|edit| (seq, edit))),
+            Body::Fence { by } => return Ok(Fence { seq, by }),
+            Body::Round(_) | Body::Checkpoint { .. } => seq += 1,
         }
-        seq += 1;
-        if edits.len() > REPLAY_EDITS_MAX {
-            return Err(StreamError::TooMany { incarnation: incarnation.to_owned(), next_seq: seq });
+    }
+}
+
+/// The largest number in the stream of `incarnation`; `None` if it has no object.
+///
+/// # Errors
+/// If the store does not list.
+pub async fn last(store: &dyn ObjectStore, incarnation: &str) -> Result<Option<u64>, StreamError> {
+    let prefix = paths::stream_prefix(incarnation);
+    let listed: Vec<_> = list(store, &prefix).await?;
+    Ok(listed.iter().filter_map(paths::stream_seq).max())
+}
+
+/// Every incarnation that has a stream in `store`, oldest first: their names rise.
+///
+/// # Errors
+/// If the store does not list.
+pub async fn incarnations(store: &dyn ObjectStore) -> Result<Vec<String>, StreamError> {
+    let prefix = paths::streams_prefix();
+    let listed = create::within(store.list_with_delimiter(Some(&prefix))).await;
+    let listed = listed.map_err(|source| StreamError::List { prefix, source })?;
+    let mut names: Vec<String> =
+        listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect();
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Deletes the objects `from..to` of the stream of `incarnation`; those that are gone are no error.
+///
+/// # Errors
+/// If the store does not delete one; the others may be gone.
+pub async fn trim(store: &dyn ObjectStore, incarnation: &str, from: u64, to: u64) -> Result<(), StreamError> {
+    let paths: Vec<Path> = (from..to).map(|seq| paths::stream_object(incarnation, seq)).collect();
+    delete(store, paths).await
+}
+
+/// Deletes whatever of the stream of `incarnation` lies before object `to`.
+///
+/// # Errors
+/// If the store does not list or delete.
+pub async fn trim_before(store: &dyn ObjectStore, incarnation: &str, to: u64) -> Result<(), StreamError> {
+    let mut gone = list(store, &paths::stream_prefix(incarnation)).await?;
+    gone.retain(|path| paths::stream_seq(path).is_some_and(|seq| seq < to));
+    delete(store, gone).await
+}
+
+/// Whether object `seq` of a stream is its fence.
+///
+/// # Errors
+/// As [`read`].
+pub async fn is_fence(store: &dyn ObjectStore, incarnation: &str, seq: u64) -> Result<bool, StreamError> {
+    let found = read(store, incarnation, seq).await?;
+    Ok(matches!(found, Some(StreamObject { body: Body::Fence { .. }, .. })))
+}
+
+pub(crate) async fn delete(store: &dyn ObjectStore, paths: Vec<Path>) -> Result<(), StreamError> {
+    let paths = futures::stream::iter(paths.into_iter().map(Ok)).boxed();
+    let mut outcomes = store.delete_stream(paths);
+    while let Some(outcome) = outcomes.next().await {
+        match outcome {
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(source) => return Err(StreamError::List { prefix: paths::streams_prefix(), source }),
         }
+    }
+    Ok(())
+}
+
+pub(crate) async fn list(store: &dyn ObjectStore, prefix: &Path) -> Result<Vec<Path>, StreamError> {
+    let listing = store.list(Some(prefix)).map_ok(|meta| meta.location).try_collect();
+    listing.await.map_err(|source| StreamError::List { prefix: prefix.clone(), source })
+}
+
+/// The commits of object `seq`, which must be there and be no fence.
+///
+/// # Errors
+/// As [`read`], and [`StreamError::Missing`].
+pub async fn round(store: &dyn ObjectStore, incarnation: &str, seq: u64) -> Result<(Header, Round), StreamError> {
+    match read(store, incarnation, seq).await? {
+        Some(StreamObject { header, body: Body::Round(round) }) => Ok((header, round)),
+        _ => Err(StreamError::Missing { path: paths::stream_object(incarnation, seq) }),
     }
 }
 
@@ -289,7 +331,7 @@ pub async fn read(store: &dyn ObjectStore, incarnation: &str, seq: u64) -> Resul
     }
 }
 
-fn object_bytes(incarnation: &str, seq: u64, body: Body) -> Result<Bytes, StreamError> {
+pub(crate) fn object_bytes(incarnation: &str, seq: u64, body: Body) -> Result<Bytes, StreamError> {
     StreamObject::new(incarnation, seq, create::nonce(), create::now_us(), body)
         .and_then(|object| object.encode())
         .map(Bytes::from)
@@ -297,7 +339,7 @@ fn object_bytes(incarnation: &str, seq: u64, body: Body) -> Result<Bytes, Stream
 }
 
 /// Decodes, and checks that the object says of itself what its path says.
-fn decode(bytes: &[u8], path: &Path, incarnation: &str, seq: u64) -> Result<StreamObject, StreamError> {
+pub(crate) fn decode(bytes: &[u8], path: &Path, incarnation: &str, seq: u64) -> Result<StreamObject, StreamError> {
     let corrupt = |source| StreamError::Corrupt { path: path.clone(), source };
     let object = StreamObject::decode(bytes).map_err(corrupt)?;
     if object.header.incarnation == incarnation && object.header.seq == seq {
@@ -328,27 +370,26 @@ mod tests {
         let store = with_page(1).await;
         let mut writer = StreamWriter::new(Arc::clone(&store), "01a", 1);
         for _ in 0..2 {
-            assert!(matches!(writer.append(Vec::new()).await, Err(StreamError::Corrupt { .. })));
+            assert!(matches!(writer.append(&Arc::default()).await, Err(StreamError::Corrupt { .. })));
             assert_eq!((writer.is_stalled(), writer.next_seq()), (true, 1));
         }
         store.delete(&paths::stream_object("01a", 1)).await.unwrap();
-        assert_eq!(writer.append(Vec::new()).await.unwrap(), 1);
+        assert_eq!(writer.append(&Arc::default()).await.unwrap(), 1);
         assert_eq!((writer.is_stalled(), writer.next_seq()), (false, 2));
     }
 
     #[tokio::test]
     async fn a_page_in_place_of_an_object_ends_no_stream_and_shortens_none() {
         let store = with_page(2).await;
-        StreamWriter::new(Arc::clone(&store), "01a", 1).append(Vec::new()).await.unwrap();
+        StreamWriter::new(Arc::clone(&store), "01a", 1).append(&Arc::default()).await.unwrap();
         for _ in 0..2 {
             assert!(matches!(fence(&*store, "01a", 1, "01b").await, Err(StreamError::Corrupt { .. })));
-            assert!(matches!(look(&*store, "01a", 1).await, Err(StreamError::Corrupt { .. })));
             assert!(matches!(read(&*store, "01a", 2).await, Err(StreamError::Corrupt { .. })));
         }
         assert_eq!(store.get(&paths::stream_object("01a", 2)).await.unwrap().bytes().await.unwrap(), PAGE);
         store.delete(&paths::stream_object("01a", 2)).await.unwrap();
-        assert_eq!(look(&*store, "01a", 1).await.unwrap(), Look { edits: Vec::new(), fenced_by: None });
-        assert_eq!(fence(&*store, "01a", 1, "01b").await.unwrap().fence_seq, 2);
-        assert_eq!(look(&*store, "01a", 1).await.unwrap().fenced_by.as_deref(), Some("01b"));
+        assert_eq!(last(&*store, "01a").await.unwrap(), Some(1));
+        assert_eq!(fence(&*store, "01a", 1, "01b").await.unwrap(), Fence { seq: 2, by: "01b".to_owned() });
+        assert_eq!(last(&*store, "01a").await.unwrap(), Some(2));
     }
 }

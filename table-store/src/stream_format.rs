@@ -6,28 +6,34 @@
 //! header  = type 0x01, JSON {incarnation, seq, nonce, atUs, blocks}    blocks = how many follow
 //! edit    = type 0x02, JSON Edit
 //! fence   = type 0x03, JSON {by}: the only block after the header; the stream ends here
-//! rows    = type 0x04: reserved for rows of the write buffer (row WAL)
+//! rows    = type 0x04, [acknowledged u8][instance length u32][instance JSON][row]…
+//! row     = [key length u32][key][value length u32][value]      as the write buffer stores them: memcomparable, binary
+//! parts   = type 0x05, JSON {parts}: the only block after the header; a checkpoint is complete, and has so many objects
 //! ```
 //! A type with bit 0x80 is optional: a reader that does not know it skips it. It refuses every other type that it does
-//! not know, `rows` included: what a block says must not get lost. `blocks` makes an object that was cut between two
-//! blocks as damaged as one that was cut inside one.
+//! not know: what a block says must not get lost. `blocks` makes an object that was cut between two blocks as damaged as
+//! one that was cut inside one.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use kalamdb_model::InstanceId;
 
 use crate::manifest::Edit;
 
 /// The format that this build writes, and the newest that it reads.
 pub const FORMAT: u16 = 1;
 
-/// Largest payload of one block. An edit names a few files; far more than this is a fault, not data.
-pub const BLOCK_BYTES_MAX: usize = 16 << 20;
+/// Largest payload of one block: the rows of one statement; far more than this is a fault, not data.
+pub const BLOCK_BYTES_MAX: usize = 128 << 20;
 
 const MAGIC: &[u8; 4] = b"KDBS";
 const BLOCK_HEAD: usize = 9;
 const HEADER: u8 = 0x01;
 const EDIT: u8 = 0x02;
 const FENCE: u8 = 0x03;
+const ROWS: u8 = 0x04;
+const PARTS: u8 = 0x05;
 const OPTIONAL: u8 = 0x80;
 
 /// Who wrote an object, and as which.
@@ -46,15 +52,41 @@ pub struct Header {
     pub blocks: u32,
 }
 
+/// Rows of one instance, as the write buffer stores them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowBlock {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Whether they were in the write buffer before the object was written. If not, they were acknowledged, if at all,
+    /// because of it.
+    pub buffered: bool,
+    /// Primary key and value, stamped. A deleted row is a value like any other.
+    pub rows: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// What one object commits.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Round {
+    /// Flushes and compactions, in their order.
+    pub edits: Vec<Edit>,
+    /// Rows that are in no file yet, a block for each statement.
+    pub rows: Vec<RowBlock>,
+}
+
 /// What an object says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
-    /// Commits, in their order.
-    Edits(Vec<Edit>),
+    /// Commits.
+    Round(Round),
     /// The stream ends before this object.
     Fence {
         /// The incarnation that ended it.
         by: String,
+    },
+    /// A checkpoint is complete.
+    Checkpoint {
+        /// Objects that it consists of.
+        parts: u32,
     },
 }
 
@@ -107,8 +139,14 @@ pub enum FormatError {
         /// What is wrong.
         source: serde_json::Error,
     },
+    /// The lengths within a block of rows do not add up.
+    #[error("the block of rows at byte {at} is damaged")]
+    Rows {
+        /// Where the block begins.
+        at: usize,
+    },
     /// More than can be written.
-    #[error("an edit of {0} bytes is larger than {BLOCK_BYTES_MAX}")]
+    #[error("a block of {0} bytes is larger than {BLOCK_BYTES_MAX}")]
     TooLarge(usize),
 }
 
@@ -117,30 +155,40 @@ struct FencePayload {
     by: String,
 }
 
+#[derive(Serialize, Deserialize)]
+struct PartsPayload {
+    parts: u32,
+}
+
 impl StreamObject {
     /// The object with a header that counts the blocks of `body`.
     ///
     /// # Errors
     /// If there are more blocks than the header can count.
     pub fn new(incarnation: &str, seq: u64, nonce: String, at_us: i64, body: Body) -> Result<Self, FormatError> {
-        let blocks = match &body {
-            Body::Edits(edits) => u32::try_from(edits.len()).map_err(|_| FormatError::TooLarge(edits.len()))?,
-            Body::Fence { .. } => 1,
+        let count = match &body {
+            Body::Round(round) => round.edits.len() + round.rows.len(),
+            Body::Fence { .. } | Body::Checkpoint { .. } => 1,
         };
+        let blocks = u32::try_from(count).map_err(|_| FormatError::TooLarge(count))?;
         Ok(Self { header: Header { incarnation: incarnation.to_owned(), seq, nonce, at_us, blocks }, body })
     }
 
     /// The object's bytes.
     ///
     /// # Errors
-    /// If an edit is larger than [`BLOCK_BYTES_MAX`].
+    /// If an edit or the rows of a statement are larger than [`BLOCK_BYTES_MAX`].
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         let mut out = MAGIC.to_vec();
         out.extend(FORMAT.to_le_bytes());
-        push(&mut out, HEADER, &self.header)?;
+        push_json(&mut out, HEADER, &self.header)?;
         match &self.body {
-            Body::Edits(edits) => edits.iter().try_for_each(|edit| push(&mut out, EDIT, edit))?,
-            Body::Fence { by } => push(&mut out, FENCE, &FencePayload { by: by.clone() })?,
+            Body::Round(round) => {
+                round.edits.iter().try_for_each(|edit| push_json(&mut out, EDIT, edit))?;
+                round.rows.iter().try_for_each(|block| push(&mut out, ROWS, &encode_rows(block)?))?;
+            }
+            Body::Fence { by } => push_json(&mut out, FENCE, &FencePayload { by: by.clone() })?,
+            Body::Checkpoint { parts } => push_json(&mut out, PARTS, &PartsPayload { parts: *parts })?,
         }
         Ok(out)
     }
@@ -156,34 +204,81 @@ impl StreamObject {
             return Err(FormatError::Order("the first is no header"));
         }
         let header: Header = first.json()?;
-        let (mut edits, mut fence, mut count) = (Vec::new(), None, 0_u32);
+        let (mut round, mut alone, mut count) = (Round::default(), None, 0_u32);
         while let Some(block) = blocks.next()? {
             count = count.saturating_add(1);
             match block.kind {
-                EDIT => edits.push(block.json()?),
-                FENCE if fence.is_none() => fence = Some(block.json::<FencePayload>()?.by),
-                HEADER | FENCE => return Err(FormatError::Order("one that stands once stands twice")),
+                EDIT => round.edits.push(block.json()?),
+                ROWS => round.rows.push(decode_rows(&block)?),
+                FENCE if alone.is_none() => alone = Some(Body::Fence { by: block.json::<FencePayload>()?.by }),
+                PARTS if alone.is_none() => {
+                    alone = Some(Body::Checkpoint { parts: block.json::<PartsPayload>()?.parts });
+                }
+                HEADER | FENCE | PARTS => return Err(FormatError::Order("one that stands once stands twice")),
                 kind if kind & OPTIONAL != 0 => {}
                 kind => return Err(FormatError::UnknownBlock { at: block.at, kind }),
             }
         }
-        match fence {
+        match alone {
             _ if count < header.blocks => Err(FormatError::Truncated { at: bytes.len() }),
             _ if count > header.blocks => Err(FormatError::Order("there are more than the header says")),
-            Some(_) if !edits.is_empty() => Err(FormatError::Order("a fence stands beside edits")),
-            Some(by) => Ok(Self { header, body: Body::Fence { by } }),
-            None => Ok(Self { header, body: Body::Edits(edits) }),
+            Some(_) if round != Round::default() => Err(FormatError::Order("one that stands alone stands beside others")),
+            Some(body) => Ok(Self { header, body }),
+            None => Ok(Self { header, body: Body::Round(round) }),
         }
     }
 }
 
-fn push(out: &mut Vec<u8>, kind: u8, payload: &impl Serialize) -> Result<(), FormatError> {
+fn encode_rows(block: &RowBlock) -> Result<Vec<u8>, FormatError> {
+    let instance = serde_json::to_vec(&block.instance).map_err(|source| FormatError::Payload { at: 0, source })?;
+    let mut out = vec![u8::from(block.buffered)];
+    let texts = block.rows.iter().flat_map(|(key, value)| [key, value]);
+    for text in std::iter::once(&instance).chain(texts) {
+        let length = u32::try_from(text.len()).map_err(|_| FormatError::TooLarge(text.len()))?;
+        out.extend(length.to_le_bytes());
+        out.extend(text);
+    }
+    Ok(out)
+}
+
+fn decode_rows(block: &Block<'_>) -> Result<RowBlock, FormatError> {
+    let damaged = || FormatError::Rows { at: block.at };
+    let (buffered, mut rest) = match block.payload.split_first() {
+        Some((0, rest)) => (false, rest),
+        Some((1, rest)) => (true, rest),
+        _ => return Err(damaged()),
+    };
+    let mut text = || {
+        let (length, after) = rest.split_first_chunk()?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
+        let (text, after) = after.split_at_checked(length)?;
+        rest = after;
+        Some((text, rest.is_empty()))
+    };
+    let (instance, mut end) = text().ok_or_else(damaged)?;
+    let instance =
+        serde_json::from_slice(instance).map_err(|source| FormatError::Payload { at: block.at, source })?;
+    let mut rows = Vec::new();
+    while !end {
+        let (key, _) = text().ok_or_else(damaged)?;
+        let (value, last) = text().ok_or_else(damaged)?;
+        rows.push((key.to_vec(), value.to_vec()));
+        end = last;
+    }
+    Ok(RowBlock { instance, buffered, rows })
+}
+
+fn push_json(out: &mut Vec<u8>, kind: u8, payload: &impl Serialize) -> Result<(), FormatError> {
     let payload = serde_json::to_vec(payload).map_err(|source| FormatError::Payload { at: out.len(), source })?;
+    push(out, kind, &payload)
+}
+
+fn push(out: &mut Vec<u8>, kind: u8, payload: &[u8]) -> Result<(), FormatError> {
     let length = u32::try_from(payload.len()).ok().filter(|_| payload.len() <= BLOCK_BYTES_MAX);
     let length = length.ok_or(FormatError::TooLarge(payload.len()))?;
     out.push(kind);
     out.extend(length.to_le_bytes());
-    out.extend(checksum(kind, length, &payload).to_le_bytes());
+    out.extend(checksum(kind, length, payload).to_le_bytes());
     out.extend(payload);
     Ok(())
 }
@@ -259,26 +354,42 @@ mod tests {
     }
 
     fn object(edits: Vec<Edit>) -> StreamObject {
-        StreamObject::new("01J", 5, "nonce".into(), 1, Body::Edits(edits)).unwrap()
+        with_rows(edits, Vec::new())
+    }
+
+    fn with_rows(edits: Vec<Edit>, rows: Vec<RowBlock>) -> StreamObject {
+        StreamObject::new("01J", 5, "nonce".into(), 1, Body::Round(Round { edits, rows })).unwrap()
+    }
+
+    fn block(user: &str, buffered: bool, rows: Vec<(Vec<u8>, Vec<u8>)>) -> RowBlock {
+        RowBlock { instance: InstanceId::of_user(UserId::new(user).unwrap(), TableId(7)), buffered, rows }
     }
 
     proptest! {
         #[test]
-        fn an_object_reads_back(users in proptest::collection::vec("[a-zé]{1,9}", 0..6), files in 0..4_usize) {
-            let object = object(users.iter().map(|user| edit(user, files)).collect());
+        fn an_object_reads_back(
+            users in proptest::collection::vec("[a-zé]{1,9}", 0..6),
+            files in 0..4_usize,
+            rows in proptest::collection::vec(any::<(Vec<u8>, Vec<u8>)>(), 0..4),
+            buffered in any::<bool>(),
+        ) {
+            let blocks = users.iter().map(|user| block(user, buffered, rows.clone())).collect();
+            let object = with_rows(users.iter().map(|user| edit(user, files)).collect(), blocks);
             prop_assert_eq!(StreamObject::decode(&object.encode().unwrap()).unwrap(), object);
         }
 
         #[test]
         fn every_cut_is_noticed(edits in 0..3_usize, cut in 0.0..1.0_f64) {
-            let bytes = object((0..edits).map(|_| edit("a", 1)).collect()).encode().unwrap();
+            let rows = vec![block("a", true, vec![(b"k".to_vec(), b"v".to_vec())])];
+            let bytes = with_rows((0..edits).map(|_| edit("a", 1)).collect(), rows).encode().unwrap();
             let length = (bytes.len() as f64 * cut) as usize;
             prop_assert!(StreamObject::decode(&bytes[..length]).is_err());
         }
 
         #[test]
         fn every_flipped_bit_is_noticed(at in 0..1_000_usize, bit in 0..8_u32) {
-            let mut bytes = object(vec![edit("a", 1), edit("b", 2)]).encode().unwrap();
+            let rows = vec![block("a", false, vec![(b"k".to_vec(), b"v".to_vec())])];
+            let mut bytes = with_rows(vec![edit("a", 1), edit("b", 2)], rows).encode().unwrap();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;
             prop_assert!(StreamObject::decode(&bytes).is_err());
@@ -288,6 +399,11 @@ mod tests {
         fn any_bytes_are_read_without_harm(bytes in any::<Vec<u8>>()) {
             let _ = StreamObject::decode(&bytes);
             let _ = StreamObject::decode(&[b"KDBS\x01\x00".as_slice(), &bytes].concat());
+            let mut object = object(Vec::new());
+            object.header.blocks = 1;
+            let mut whole = object.encode().unwrap();
+            push(&mut whole, ROWS, &bytes).unwrap();
+            let _ = StreamObject::decode(&whole);
         }
     }
 
@@ -295,15 +411,15 @@ mod tests {
         let mut object = object(vec![edit("a", 0)]);
         object.header.blocks += 1;
         let mut bytes = object.encode().unwrap();
-        push(&mut bytes, kind, &"anything").unwrap();
+        push(&mut bytes, kind, b"anything").unwrap();
         bytes
     }
 
     #[test]
     fn unknown_blocks_are_skipped_only_if_they_say_so() {
-        let edits = Body::Edits(vec![edit("a", 0)]);
+        let edits = object(vec![edit("a", 0)]).body;
         assert_eq!(StreamObject::decode(&with_block(0x84)).unwrap().body, edits);
-        for kind in [0x04, 0x00, 0x7f] {
+        for kind in [0x06, 0x00, 0x7f] {
             assert!(matches!(StreamObject::decode(&with_block(kind)), Err(FormatError::UnknownBlock { .. })), "{kind}");
         }
     }
@@ -314,7 +430,12 @@ mod tests {
         let mut beside = object(vec![edit("a", 0)]);
         beside.header.blocks += 1;
         let mut bytes = beside.encode().unwrap();
-        push(&mut bytes, FENCE, &FencePayload { by: "x".into() }).unwrap();
+        push_json(&mut bytes, FENCE, &FencePayload { by: "x".into() }).unwrap();
+        assert!(matches!(StreamObject::decode(&bytes), Err(FormatError::Order(_))));
+        let mut rows = with_rows(Vec::new(), vec![block("a", true, Vec::new())]);
+        rows.header.blocks += 1;
+        let mut bytes = rows.encode().unwrap();
+        push_json(&mut bytes, PARTS, &PartsPayload { parts: 1 }).unwrap();
         assert!(matches!(StreamObject::decode(&bytes), Err(FormatError::Order(_))));
         assert!(matches!(StreamObject::decode(b"KDBS\x02\x00"), Err(FormatError::Newer(2))));
         assert!(matches!(StreamObject::decode(b"PAR1"), Err(FormatError::Magic)));

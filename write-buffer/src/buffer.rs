@@ -16,7 +16,7 @@ use crate::committer::{Committer, Disk, Item, Request};
 use crate::error::{CommitError, OpenError, ReadError};
 use crate::keys;
 use crate::record::Record;
-use crate::row::Header;
+use crate::row::{self, Header};
 use crate::state::Counters;
 use crate::store::{Store, Visit};
 
@@ -110,6 +110,30 @@ pub struct Committed {
     pub first_seq: i64,
     /// `_seq` of its last row; they rise by one, in the order of the statement.
     pub last_seq: i64,
+    /// `_updated` of all of them.
+    pub updated_us: i64,
+}
+
+/// What the rows of a statement get, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamps {
+    /// `_seq` of the first; the others follow one by one.
+    pub first_seq: i64,
+    /// `_updated` of all of them, microseconds since 1970 UTC.
+    pub updated_us: i64,
+}
+
+/// What is known of an instance that another buffer had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Which.
+    pub instance: InstanceId,
+    /// Generations up to this are in files.
+    pub flushed: Generation,
+    /// The last `_seq` that is in files.
+    pub last_seq: i64,
+    /// As it was published.
+    pub manifest: Vec<u8>,
 }
 
 /// What an instance holds after a round that touched it.
@@ -176,6 +200,48 @@ impl WriteBuffer {
     /// # Errors
     /// See [`CommitError`]: [`CommitError::Busy`] and [`CommitError::DiskFull`] may be tried again.
     pub async fn commit(&self, instance: InstanceId, rows: Vec<EncodedRow>) -> Result<Committed, CommitError> {
+        self.send(instance, rows, None, Item::Commit).await
+    }
+
+    /// As [`WriteBuffer::commit`], for rows whose stamps were settled before. They must be above all that the instance
+    /// has: nobody else may write to it in between. Taken on a full disk, too.
+    ///
+    /// # Errors
+    /// As [`WriteBuffer::commit`], and [`CommitError::Order`].
+    pub async fn commit_stamped(
+        &self,
+        instance: InstanceId,
+        rows: Vec<EncodedRow>,
+        stamps: Stamps,
+    ) -> Result<Committed, CommitError> {
+        self.send(instance, rows, Some(stamps), Item::Commit).await
+    }
+
+    /// Stores rows, as keys and stamped values, that were written before, here or elsewhere: each only if it is newer
+    /// than what the buffer has under its key. The caller leaves out those that are in files. Doing it again changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`WriteBuffer::commit`].
+    pub async fn restore(&self, instance: InstanceId, rows: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), CommitError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        // What files hold of them is not known: every reader looks.
+        let rows = rows.into_iter().map(|(key, mut value)| {
+            row::clear_fresh(&mut value);
+            EncodedRow { key, value, fresh: Fresh::No }
+        });
+        self.send(instance, rows.collect(), None, Item::Restore).await.map(drop)
+    }
+
+    async fn send(
+        &self,
+        instance: InstanceId,
+        rows: Vec<EncodedRow>,
+        stamps: Option<Stamps>,
+        item: fn(Request) -> Item,
+    ) -> Result<Committed, CommitError> {
         if rows.is_empty() {
             return Err(CommitError::Empty);
         }
@@ -187,11 +253,11 @@ impl WriteBuffer {
         let bytes = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
         let (reply, answer) = oneshot::channel();
         self.reserve(bytes)?;
-        if let Err(error) = self.enqueue(Item::Commit(Request { instance, rows, bytes, reply })) {
+        if let Err(error) = self.enqueue(item(Request { instance, rows, stamps, bytes, reply })) {
             self.0.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err(error);
         }
-        answer.await.map_err(|_| CommitError::Closed)?
+        answer.await.map_err(|_| CommitError::Lost)?
     }
 
     /// Closes the active generation, so that its rows can be flushed, and opens the next: every statement lies wholly
@@ -203,7 +269,7 @@ impl WriteBuffer {
     pub async fn freeze(&self, instance: InstanceId) -> Result<Option<Generation>, CommitError> {
         let (reply, answer) = oneshot::channel();
         self.enqueue(Item::Freeze { instance, reply })?;
-        answer.await.map_err(|_| CommitError::Closed)?
+        answer.await.map_err(|_| CommitError::Lost)?
     }
 
     fn reserve(&self, bytes: usize) -> Result<(), CommitError> {
@@ -283,6 +349,15 @@ impl WriteBuffer {
     /// If `flushed` would go back, or is not frozen.
     pub fn publish(&self, instance: &InstanceId, flushed: Generation, manifest: &[u8]) -> Result<(), ReadError> {
         self.0.store.publish(instance, flushed, manifest)
+    }
+
+    /// Takes instances over from another buffer, durably and at once: generations up to `flushed` are in the files that
+    /// `manifest` names, no `_seq` up to `last_seq` is given again. Doing it again changes nothing.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn adopt(&self, adopted: &[Adopted]) -> Result<(), ReadError> {
+        self.0.store.adopt(adopted)
     }
 
     /// Removes the rows of generations up to `up_to`, which are published; returns how many. From its start on, scans

@@ -18,10 +18,10 @@ use kalamdb_model::{Generation, InstanceId};
 use rocksdb::WriteBatch;
 use tokio::sync::oneshot::Sender;
 
-use crate::buffer::{Applied, Committed, EncodedRow, Fresh, Options};
+use crate::buffer::{Applied, Committed, EncodedRow, Fresh, Options, Stamps};
 use crate::error::CommitError;
 use crate::keys;
-use crate::row;
+use crate::row::{self, Header};
 use crate::state::Filling;
 use crate::store::Store;
 
@@ -31,6 +31,8 @@ const FREE_SPACE_TRUSTED: Duration = Duration::from_millis(100);
 /// What the queue holds.
 pub(crate) enum Item {
     Commit(Request),
+    /// Rows that were stamped long ago; those that are not newer than what is here are passed over.
+    Restore(Request),
     Freeze { instance: InstanceId, reply: Sender<Result<Option<Generation>, CommitError>> },
 }
 
@@ -38,6 +40,8 @@ pub(crate) enum Item {
 pub(crate) struct Request {
     pub(crate) instance: InstanceId,
     pub(crate) rows: Vec<EncodedRow>,
+    /// What the rows have to get, if that was settled before.
+    pub(crate) stamps: Option<Stamps>,
     pub(crate) bytes: usize,
     pub(crate) reply: Sender<Result<Committed, CommitError>>,
 }
@@ -68,7 +72,7 @@ impl Committer {
         let mut items = Vec::new();
         let mut next = Some(first);
         while let Some(item) = next {
-            if let Item::Commit(request) = &item {
+            if let Item::Commit(request) | Item::Restore(request) = &item {
                 rows += request.rows.len();
                 bytes += request.bytes;
                 self.queued_bytes.fetch_sub(request.bytes, Ordering::Relaxed);
@@ -86,9 +90,14 @@ impl Committer {
         let mut answers = Vec::with_capacity(items.len());
         for item in items {
             match item {
-                Item::Commit(request) => {
-                    let added = refusal.clone().map_or_else(|| round.add(&request.instance, request.rows), Err);
-                    answers.push(Answer::Commit(request.reply, added));
+                Item::Commit(Request { instance, rows, stamps, reply, .. }) => {
+                    // Stamped rows are stored elsewhere already: a full disk may not undo that.
+                    let refusal = refusal.clone().filter(|_| stamps.is_none());
+                    let added = refusal.map_or_else(|| round.add(&instance, rows, stamps), Err);
+                    answers.push(Answer::Commit(reply, added));
+                }
+                Item::Restore(Request { instance, rows, reply, .. }) => {
+                    answers.push(Answer::Commit(reply, round.restore(&instance, rows)));
                 }
                 // A freeze is taken on a full disk: flushing is what frees space.
                 Item::Freeze { instance, reply } => answers.push(Answer::Freeze(reply, round.freeze(&instance))),
@@ -142,6 +151,8 @@ struct Round<'a> {
     work: HashMap<InstanceId, Work>,
     /// Bytes of the rows of this round by key, for rows that it writes twice.
     written: HashMap<Vec<u8>, usize>,
+    /// `_seq` of the rows that this round restores, by key.
+    restored: HashMap<Vec<u8>, i64>,
 }
 
 /// What the round does to one instance.
@@ -167,7 +178,14 @@ impl Work {
 
 impl<'a> Round<'a> {
     fn new(store: &'a Store, now_us: i64) -> Self {
-        Self { store, now_us, batch: WriteBatch::default(), work: HashMap::new(), written: HashMap::new() }
+        Self {
+            store,
+            now_us,
+            batch: WriteBatch::default(),
+            work: HashMap::new(),
+            written: HashMap::new(),
+            restored: HashMap::new(),
+        }
     }
 
     fn work(&mut self, instance: &InstanceId) -> Result<&mut Work, CommitError> {
@@ -187,21 +205,67 @@ impl<'a> Round<'a> {
     }
 
     /// Adds a statement, whole or not at all.
-    fn add(&mut self, instance: &InstanceId, mut rows: Vec<EncodedRow>) -> Result<Committed, CommitError> {
+    fn add(
+        &mut self,
+        instance: &InstanceId,
+        mut rows: Vec<EncodedRow>,
+        stamps: Option<Stamps>,
+    ) -> Result<Committed, CommitError> {
         let now_us = self.now_us;
         let work = self.work(instance)?;
-        let first = work.seq.checked_add(1).ok_or(CommitError::Exhausted)?.max(now_us);
+        let next = work.seq.checked_add(1).ok_or(CommitError::Exhausted)?;
+        let Stamps { first_seq: first, updated_us } =
+            stamps.unwrap_or(Stamps { first_seq: next.max(now_us), updated_us: now_us });
+        if first < next {
+            return Err(CommitError::Order { first_seq: first, next_seq: next });
+        }
         let more = i64::try_from(rows.len()).map_err(|_| CommitError::Exhausted)? - 1;
         let last = first.checked_add(more).ok_or(CommitError::Exhausted)?;
-        let (generation, look_up) = (work.active, work.base_has_rows && work.active == work.base);
+        let generation = work.active;
         let offset = keys::generation_offset(instance);
         for (index, (EncodedRow { key, value, fresh }, seq)) in rows.iter_mut().zip(first..).enumerate() {
             keys::stamp(key, offset, generation);
-            row::stamp(value, seq, now_us).map_err(|source| CommitError::Row { index, source })?;
+            row::stamp(value, seq, updated_us).map_err(|source| CommitError::Row { index, source })?;
             if *fresh == Fresh::Yes || *fresh == Fresh::In(generation) {
                 row::mark_fresh(value);
             }
         }
+        self.put(instance, rows, last, updated_us)?;
+        Ok(Committed { generation, first_seq: first, last_seq: last, updated_us })
+    }
+
+    /// Adds stamped rows, but those of which the buffer has this or a newer version.
+    fn restore(&mut self, instance: &InstanceId, rows: Vec<EncodedRow>) -> Result<Committed, CommitError> {
+        let offset = keys::generation_offset(instance);
+        let work = self.work(instance)?;
+        let generation = work.active;
+        let (mut newer, mut last, mut oldest_us) = (Vec::with_capacity(rows.len()), work.seq, i64::MAX);
+        for (index, mut row) in rows.into_iter().enumerate() {
+            let header = Header::parse(&row.value).map_err(|source| CommitError::Row { index, source })?;
+            let pk = row.key.get(offset + keys::GENERATION_BYTES..).unwrap_or_default();
+            let stored = self.store.newest_seq(instance, pk).map_err(|source| CommitError::Read { source })?;
+            keys::stamp(&mut row.key, offset, generation);
+            let here = self.restored.get(&row.key).copied().max(stored);
+            if here.is_none_or(|here| here < header.seq) {
+                self.restored.insert(row.key.clone(), header.seq);
+                (last, oldest_us) = (last.max(header.seq), oldest_us.min(header.updated_us));
+                newer.push(row);
+            }
+        }
+        self.put(instance, newer, last, oldest_us)?;
+        Ok(Committed { generation, first_seq: last, last_seq: last, updated_us: oldest_us })
+    }
+
+    /// Puts stamped rows; nothing is changed on an error.
+    fn put(
+        &mut self,
+        instance: &InstanceId,
+        rows: Vec<EncodedRow>,
+        last: i64,
+        oldest_us: i64,
+    ) -> Result<(), CommitError> {
+        let work = self.work(instance)?;
+        let look_up = work.base_has_rows && work.active == work.base;
         let replaced = if look_up { self.stored_bytes(&rows)? } else { vec![None; rows.len()] };
         // From here on nothing fails.
         for (EncodedRow { key, value, .. }, stored) in rows.into_iter().zip(replaced) {
@@ -209,10 +273,10 @@ impl<'a> Round<'a> {
             self.store.put_row(&mut self.batch, &key, &value);
             let before = self.written.insert(key, bytes).or(stored);
             let work = self.work.get_mut(instance).expect("made above");
-            work.active_filling().add(bytes, before, now_us);
+            work.active_filling().add(bytes, before, oldest_us);
             work.seq = last;
         }
-        Ok(Committed { generation, first_seq: first, last_seq: last })
+        Ok(())
     }
 
     /// Bytes of key and value of each row that is stored already.

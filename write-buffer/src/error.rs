@@ -129,7 +129,7 @@ pub enum ReadError {
     },
 }
 
-/// Why a statement was not committed. After [`CommitError::Write`] and [`CommitError::Closed`] it may yet be there
+/// Why a statement was not committed. After [`CommitError::Write`] and [`CommitError::Lost`] it may yet be there
 /// after a restart, then whole; after all others it is not.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommitError {
@@ -147,6 +147,9 @@ pub enum CommitError {
     /// The buffer was closed.
     #[error("the write buffer is closed")]
     Closed,
+    /// The committer ended without an answer: the statement may be there.
+    #[error("the write buffer gave no answer")]
+    Lost,
     /// A statement without rows.
     #[error("a commit needs at least one row")]
     Empty,
@@ -161,6 +164,14 @@ pub enum CommitError {
     /// No `_seq` or generation is left, which needs a damaged clock or record.
     #[error("the instance has no sequence numbers or generations left")]
     Exhausted,
+    /// Rows that were stamped before are older than what the instance has.
+    #[error("rows that were stamped from {first_seq} on come too late: {next_seq} is next")]
+    Order {
+        /// Their first `_seq`.
+        first_seq: i64,
+        /// The least that could be taken.
+        next_seq: i64,
+    },
     /// The state of the instance cannot be read.
     #[error("the state of the instance cannot be read")]
     Read {

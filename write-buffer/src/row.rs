@@ -92,6 +92,13 @@ pub fn mark_fresh(row: &mut [u8]) {
     }
 }
 
+/// Takes [`mark_fresh`] back.
+pub fn clear_fresh(row: &mut [u8]) {
+    if let Some(flags) = row.get_mut(FLAGS_AT) {
+        *flags &= !FRESH;
+    }
+}
+
 /// Writes `_seq` and `_updated` (microseconds since 1970 UTC) into an encoded row. Only the committer does.
 ///
 /// # Errors

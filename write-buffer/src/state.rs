@@ -113,6 +113,16 @@ impl State {
         self.fillings.retain(|filling| filling.generation > flushed);
     }
 
+    /// Generations up to `flushed` are in files that another buffer wrote.
+    pub(crate) fn adopt(&mut self, flushed: Generation, last_seq: i64) {
+        self.publish(flushed);
+        self.active = self.active.max(Generation(flushed.0.saturating_add(1)));
+        self.last_seq = self.last_seq.max(last_seq);
+        self.used_seq = self.used_seq.max(last_seq);
+        self.reclaiming = self.reclaiming.max(flushed);
+        self.reclaimed = self.reclaimed.max(flushed);
+    }
+
     fn is_clean(&self) -> bool {
         !self.pinned && self.fillings.is_empty() && self.reclaimed >= self.flushed
     }

@@ -15,10 +15,12 @@ use rocksdb::{
     DBRecoveryMode, ReadOptions, WriteBatch, WriteOptions,
 };
 
+use crate::buffer::Adopted;
 use crate::error::{OpenError, ReadError};
 use crate::keys;
 use crate::lock::DirectoryLock;
 use crate::record::{self, Part, Record};
+use crate::row::Header;
 use crate::state::{Counters, State, States};
 
 /// Rows.
@@ -312,6 +314,26 @@ impl Store {
             .map_err(|source| ReadError::Database { operation: "publish a manifest", source })?;
         self.states.update(instance, |state| state.publish(flushed));
         Ok(())
+    }
+
+    pub(crate) fn adopt(&self, adopted: &[Adopted]) -> Result<(), ReadError> {
+        let mut batch = WriteBatch::default();
+        for Adopted { instance, flushed, last_seq, manifest } in adopted {
+            let key = record::key(&keys::instance_prefix(instance), Part::Publication);
+            batch.put_cf(self.family(INSTANCES), key, record::encode(*flushed, *last_seq, manifest));
+        }
+        self.write(batch).map_err(|source| ReadError::Database { operation: "take instances over", source })?;
+        for Adopted { instance, flushed, last_seq, .. } in adopted {
+            self.states.update(instance, |state| state.adopt(*flushed, *last_seq));
+        }
+        Ok(())
+    }
+
+    /// `_seq` of the newest version of a row that no file holds.
+    pub(crate) fn newest_seq(&self, instance: &InstanceId, pk: &[u8]) -> Result<Option<i64>, ReadError> {
+        let flushed = self.state(instance)?.flushed;
+        let Some((_, value)) = self.get(instance, flushed, pk)? else { return Ok(None) };
+        Ok(Some(Header::parse(&value).map_err(|source| ReadError::Row { source })?.seq))
     }
 
     pub(crate) fn reclaim(&self, instance: &InstanceId, up_to: Generation) -> Result<u64, ReadError> {

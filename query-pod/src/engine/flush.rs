@@ -119,7 +119,7 @@ impl From<ShipError> for FlushError {
     fn from(error: ShipError) -> Self {
         match error {
             ShipError::Disowned(reason) => Self::Disowned(reason),
-            error @ (ShipError::Stopping | ShipError::Refused(_)) => Self::Ship(error),
+            error => Self::Ship(error),
         }
     }
 }

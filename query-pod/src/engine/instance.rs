@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Instant;
 
 use kalamdb_model::{Generation, InstanceId};
@@ -59,6 +59,9 @@ pub struct Instance {
     /// Held exclusively by statements that must read before they write, until their commit is applied; shared by those
     /// whose keys nobody else can have made.
     pub(super) writes: Arc<tokio::sync::RwLock<()>>,
+    /// Whether rows are stored before they are applied. Changes only while `writes` is held exclusively: rows of both ways
+    /// would otherwise overtake each other.
+    pub(super) stores_first: AtomicBool,
     /// Bytes of statements that are on their way into the buffer: checked with what is there, so that many at once do not
     /// pass a limit that each alone meets.
     pub(super) incoming: AtomicU64,
@@ -109,6 +112,7 @@ impl Instances {
         let instance = Arc::new(Instance {
             id: id.clone(),
             writes: Arc::default(),
+            stores_first: AtomicBool::new(false),
             incoming: AtomicU64::new(0),
             described: tokio::sync::Mutex::default(),
             flushes: tokio::sync::Mutex::default(),

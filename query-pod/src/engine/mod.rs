@@ -6,15 +6,20 @@
 //!
 //! After a crash: rows are in the buffer until their file is committed *and* published here; a commit that was not
 //! published is found again in the commit stream before anything new is written to that storage. Where the streams tell
-//! that another process went on from this data, it is not served at all ([`Disowned`]).
+//! that another process went on from this data, it is not served at all ([`Disowned`]). After the loss of the disk: the
+//! streams and their checkpoints hold all that was shipped ([`Rebuilding`]).
 
+mod begin;
+mod checkpoint;
 mod compact;
 mod describe;
 mod flush;
 mod garbage;
 mod instance;
 mod locate;
+mod publish;
 mod read;
+mod rebuild;
 mod schedule;
 mod ship;
 mod storages;
@@ -34,7 +39,8 @@ pub use compact::Compacted;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
 pub use read::{ReadError, Rows};
-pub use ship::Disowned;
+pub use rebuild::Rebuilding;
+pub use ship::{Disowned, ShipError};
 pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};
 pub use write::{NewRow, WriteError, Writing};
 
@@ -68,6 +74,7 @@ pub struct Engine {
     storages: Storages,
     instances: instance::Instances,
     shippers: ship::Shippers,
+    rebuild: rebuild::Rebuild,
     schedule: Arc<schedule::Schedule>,
     limits: EngineLimits,
     metrics: Arc<Metrics>,
@@ -123,7 +130,8 @@ impl Engine {
         let buffer = WriteBuffer::open(&data_dir.join("buffer"), options)?;
         let engine = Arc::new(Self {
             instances: instance::Instances::new(buffer.clone()),
-            shippers: ship::Shippers::new(buffer.clone()),
+            shippers: ship::Shippers::new(buffer.clone())?,
+            rebuild: rebuild::Rebuild::open(buffer.clone())?,
             buffer,
             catalog,
             storages,
@@ -186,11 +194,16 @@ impl Engine {
     /// # Errors
     /// If it cannot be saved or noted; the one before is then served on, because ids that a restart would not know must
     /// not be used.
-    pub fn serve_catalog(&self, next: Catalog) -> Result<(), ServeCatalogError> {
+    pub fn serve_catalog(self: &Arc<Self>, next: Catalog) -> Result<(), ServeCatalogError> {
+        self.plan_rebuild(&next)?;
         self.catalog.save(&next)?;
         // Noted last: a note of what is not saved would keep the data folder from starting.
         self.buffer.state_put("catalog", catalog::note_of(&next).as_bytes())?;
         self.catalog.serve(next);
+        for root in self.not_rebuilt() {
+            let engine = Arc::clone(self);
+            self.spawn(async move { drop(engine.open_stream(&root).await) });
+        }
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use kalamdb_write_buffer::{BatchBuilder, RowError};
 
 use super::instance::{Instance, InstanceError, View};
 use super::storages::StoragesError;
-use super::{Disowned, Engine, RootKey};
+use super::{Disowned, Engine, Rebuilding, RootKey};
 
 /// One consistent state of one instance.
 pub struct Rows {
@@ -35,6 +35,9 @@ pub enum ReadError {
     /// The data is another's now, who may have acknowledged rows that are not here.
     #[error(transparent)]
     Disowned(#[from] Disowned),
+    /// Its storage is being read back.
+    #[error(transparent)]
+    Rebuilding(#[from] Rebuilding),
     /// Its state.
     #[error("failed to load the instance")]
     Instance(#[from] InstanceError),
@@ -133,6 +136,7 @@ impl Engine {
         limit: Option<usize>,
     ) -> Result<Rows, ReadError> {
         self.check_owned()?;
+        self.check_rebuilt(&RootKey::of(&table.location)).await?;
         let instance = self.instances.get(&Self::instance_id(table, owner))?;
         let projection: Arc<[usize]> = projection.into();
         loop {

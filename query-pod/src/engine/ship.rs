@@ -1,34 +1,32 @@
-//! One commit stream per storage: gathers the edits of finished uploads, commits each round as one object, and
-//! publishes what is committed.
+//! One commit stream per storage: gathers the edits of finished uploads and the rows that are in no file yet, commits each
+//! round as one object, and publishes what is committed.
+//!
+//! Rows take one of two ways. With `durability: local` they are acknowledged after the fsync here, wait in [`Unshipped`],
+//! and come into the stream within a second. With `durability: objectStore` they come into the stream first: only then are
+//! they applied, visible and acknowledged. A storage on the pod's own disk gets no rows: it would be lost with the buffer.
 //!
 //! Before the first commit of a process to a storage, every former incarnation that this data folder knows is fenced
-//! there, and what it had committed but not published is published now. Until then rows stay in the buffer, and reads
-//! are right. One storage that does not answer holds up only its own flushes.
-//!
-//! The streams also tell when the data folder is an older copy of what once ran: a former stream was ended by a process
-//! that the folder does not know, or has commits that the folder cannot have made. Publishing these would drop buffered
-//! rows that are in no file, and without them answers are too short; so the pod gives up ([`Disowned`]). It looks before
-//! it fences: a copy that was started by mistake must not lock the newest one out.
+//! there, and what it had committed but not published is published now ([`super::begin`]). Until then rows stay in the
+//! buffer, and reads are right. One storage that does not answer holds up only its own flushes.
 
-use std::collections::{BTreeSet, HashMap};
-use std::ops::ControlFlow;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kalamdb_model::{Generation, StorageName};
-use kalamdb_table_store::manifest::{self, Edit};
-use kalamdb_table_store::stream::{self, Look, StreamError, StreamWriter};
-use kalamdb_write_buffer::row::Header;
-use kalamdb_write_buffer::{ReadError, RowError, WriteBuffer};
+use kalamdb_model::{InstanceId, StorageName};
+use kalamdb_table_store::manifest::Edit;
+use kalamdb_table_store::stream::{Round, RowBlock, StreamError, StreamWriter};
+use kalamdb_write_buffer::{CommitError, Committed, EncodedRow, ReadError, RowError, Stamps, WriteBuffer, row};
 use object_store::ObjectStore;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
-use super::instance::{InstanceError, Position, View};
-use super::storages::{StoragesError, Use};
-use super::{Engine, RootKey};
+use super::begin::{self, BeginError};
+use super::checkpoint::Checkpoints;
+use super::storages::StoragesError;
+use super::{Engine, RootKey, now_us};
 use crate::crash;
 use crate::error::Chain;
 
@@ -57,26 +55,24 @@ pub enum ShipError {
     /// The data is another's now.
     #[error(transparent)]
     Disowned(#[from] Disowned),
-    /// The process stops.
+    /// The process stops. What was asked for may yet happen, after the next start.
     #[error("the process is stopping")]
     Stopping,
     /// The edit cannot be committed at all.
     #[error("the commit was refused")]
     Refused(#[source] Arc<StreamError>),
-}
-
-/// Why a committed edit cannot be made visible.
-#[derive(Debug, thiserror::Error)]
-enum PublishError {
-    #[error(transparent)]
-    Instance(#[from] InstanceError),
-    #[error("failed to read buffered rows")]
-    Buffer(#[from] ReadError),
-    #[error("a buffered row is damaged")]
+    /// So many bytes wait for the storage already. Nothing was written.
+    #[error("more than {STATEMENTS_BYTES_MAX} bytes of rows wait for the storage")]
+    Waiting,
+    /// The rows are in the stream, and not in the buffer: they appear after the next start.
+    #[error("rows that are stored could not be applied")]
+    Unapplied(#[source] CommitError),
+    /// The rows cannot be stamped. Nothing was written.
+    #[error("the rows cannot be stamped")]
     Row(#[from] RowError),
-    /// Rows that are in no file would go with it.
-    #[error("{0}")]
-    Uncovered(String),
+    /// The buffer does not read. Nothing was written.
+    #[error("the state of the instance cannot be read")]
+    Buffer(#[from] ReadError),
 }
 
 /// Most edits that wait for a round of one storage; flushes wait beyond it.
@@ -84,35 +80,168 @@ const QUEUE_MAX: usize = 1_024;
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
-/// Edits of one object, bytes; half of what an object may have, for the one that goes over it.
+/// Edits and rows of one object, bytes; a statement that goes over it still gets in whole.
 const ROUND_BYTES_MAX: usize = 8 << 20;
+/// Acknowledged rows wait at most so long for company on their way to the storage, and less if they are many.
+const SHIP_AFTER: Duration = Duration::from_millis(500);
+/// Bytes of rows that wait for a storage in memory; beyond it the next checkpoint brings them.
+const UNSHIPPED_BYTES_MAX: usize = 64 << 20;
+/// Bytes of statements that wait for a storage to be acknowledged; beyond it they are refused.
+const STATEMENTS_BYTES_MAX: u32 = 128 << 20;
+/// How long a statement waits for room among them.
+const ROOM_WAIT: Duration = Duration::from_secs(5);
+/// How long a stop waits for the last rows to reach the storage.
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+/// What a round is asked to bring. Without either it only asks that the stream be open.
+#[derive(Default)]
+struct Asked {
+    edit: Option<Edit>,
+    rows: Option<(InstanceId, Vec<EncodedRow>)>,
+}
 
 struct Request {
-    /// `None` only asks that the stream be open.
-    edit: Option<Edit>,
+    asked: Asked,
     done: oneshot::Sender<Result<(), ShipError>>,
+}
+
+impl Request {
+    /// About what it takes in its object: keys of files are written in hex.
+    fn size(&self) -> usize {
+        let files = self.asked.edit.iter().flat_map(|edit| &edit.add);
+        let files = files.map(|file| {
+            512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len() + file.tombstones.json_bytes()
+        });
+        let replaced = self.asked.edit.iter().flat_map(|edit| &edit.replace);
+        let rows = self.asked.rows.iter().flat_map(|(_, rows)| rows).map(|row| row.key.len() + row.value.len() + 8);
+        files.sum::<usize>()
+            + replaced.map(|(path, rows)| path.len() + rows.json_bytes()).sum::<usize>()
+            + rows.sum::<usize>()
+    }
+}
+
+/// Rows that are acknowledged, and not in the stream of their storage.
+#[derive(Default)]
+pub(super) struct Unshipped {
+    waiting: Mutex<Waiting>,
+    wake: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    blocks: VecDeque<RowBlock>,
+    bytes: usize,
+    /// When the first of them came.
+    since: Option<Instant>,
+    /// Some were left out: only a checkpoint brings them.
+    overflown: bool,
+}
+
+fn bytes_of(block: &RowBlock) -> usize {
+    block.rows.iter().map(|(key, value)| key.len() + value.len() + 8).sum()
+}
+
+impl Unshipped {
+    fn push(&self, block: RowBlock) {
+        let mut waiting = self.waiting.lock();
+        let bytes = bytes_of(&block);
+        if waiting.bytes + bytes > UNSHIPPED_BYTES_MAX {
+            // The rest goes, too: the checkpoint has all of it.
+            *waiting = Waiting { overflown: true, ..Waiting::default() };
+        } else {
+            waiting.bytes += bytes;
+            waiting.since.get_or_insert_with(Instant::now);
+            waiting.blocks.push_back(block);
+        }
+        drop(waiting);
+        self.wake.notify_one();
+    }
+
+    fn take(&self, bytes_max: usize) -> Vec<RowBlock> {
+        let mut waiting = self.waiting.lock();
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while bytes < bytes_max
+            && let Some(block) = waiting.blocks.pop_front()
+        {
+            bytes += bytes_of(&block);
+            taken.push(block);
+        }
+        waiting.bytes = waiting.bytes.saturating_sub(bytes);
+        if waiting.blocks.is_empty() {
+            waiting.since = None;
+        }
+        taken
+    }
+
+    /// Whether rows were left out since the last call. From now on they are kept again, for as long as there is room.
+    fn take_overflow(&self) -> bool {
+        std::mem::take(&mut self.waiting.lock().overflown)
+    }
+
+    /// Rows were taken that did not come into the stream.
+    fn note_loss(&self) {
+        self.waiting.lock().overflown = true;
+    }
+
+    /// Bytes that wait.
+    pub(super) fn bytes(&self) -> usize {
+        self.waiting.lock().bytes
+    }
+
+    /// Resolves when rows have waited long enough, or are many.
+    async fn due(&self) {
+        loop {
+            let at = {
+                let waiting = self.waiting.lock();
+                if waiting.overflown || waiting.bytes >= ROUND_BYTES_MAX {
+                    return;
+                }
+                waiting.since.map(|since| since + SHIP_AFTER)
+            };
+            match at {
+                Some(at) if at <= Instant::now() => return,
+                Some(at) => {
+                    tokio::select! { () = tokio::time::sleep_until(at) => {}, () = self.wake.notified() => {} }
+                }
+                None => self.wake.notified().await,
+            }
+        }
+    }
+}
+
+/// The stream of one storage.
+#[derive(Clone)]
+struct Running {
+    queue: mpsc::Sender<Request>,
+    unshipped: Arc<Unshipped>,
+    /// One permit for each byte of statements that wait.
+    room: Arc<Semaphore>,
 }
 
 /// The streams of this process.
 pub(super) struct Shippers {
     buffer: WriteBuffer,
-    incarnation: String,
-    running: Mutex<HashMap<RootKey, mpsc::Sender<Request>>>,
+    pub(super) incarnation: String,
+    running: Mutex<HashMap<RootKey, Running>>,
 }
 
+const STATE: &str = "stream/";
+
 impl Shippers {
-    pub(super) fn new(buffer: WriteBuffer) -> Self {
-        let incarnation = ulid::Ulid::generate().to_string().to_ascii_lowercase();
-        Self { buffer, incarnation, running: Mutex::default() }
+    pub(super) fn new(buffer: WriteBuffer) -> Result<Self, ReadError> {
+        // Incarnations rise, whatever the clock does: rebuilding goes by their order.
+        let last = buffer.state_scan(STATE)?.into_iter().filter_map(|(key, _)| key.rsplit_once('/').map(|(_, name)| name.to_owned()));
+        let incarnation = next_incarnation(last.max().as_deref());
+        Ok(Self { buffer, incarnation, running: Mutex::default() })
     }
 
     fn state_prefix(root: &RootKey) -> String {
-        format!("stream/{root}/")
+        format!("{STATE}{root}/")
     }
 
     /// The incarnations that this data folder knows in `root`, oldest first, each with the first number of its stream of
     /// which not all may be published.
-    fn known(&self, root: &RootKey) -> Result<Vec<(String, u64)>, BeginError> {
+    pub(super) fn known(&self, root: &RootKey) -> Result<Vec<(String, u64)>, BeginError> {
         let prefix = Self::state_prefix(root);
         let stored = self.buffer.state_scan(&prefix)?.into_iter();
         stored
@@ -120,17 +249,32 @@ impl Shippers {
             .collect()
     }
 
+    /// Takes note that everything before object `seq` of a stream is published here.
+    pub(super) fn note(&self, root: &RootKey, incarnation: &str, seq: u64) -> Result<(), ReadError> {
+        self.buffer.state_put(&format!("{}{incarnation}", Self::state_prefix(root)), seq.to_string().as_bytes())
+    }
+
+    pub(super) fn forget(&self, root: &RootKey, incarnation: &str) -> Result<(), ReadError> {
+        self.buffer.state_delete(&format!("{}{incarnation}", Self::state_prefix(root)))
+    }
+
     /// Every root that has a stream of ours.
     fn roots(&self) -> Result<BTreeSet<RootKey>, ReadError> {
         let root = |key: &str| {
-            let (storage, number) = key.strip_prefix("stream/")?.split_once('/')?.0.rsplit_once('.')?;
+            let (storage, number) = key.strip_prefix(STATE)?.split_once('/')?.0.rsplit_once('.')?;
             Some(RootKey { storage: StorageName::new(storage).ok()?, root: number.parse().ok()? })
         };
-        Ok(self.buffer.state_scan("stream/")?.iter().filter_map(|(key, _)| root(key)).collect())
+        Ok(self.buffer.state_scan(STATE)?.iter().filter_map(|(key, _)| root(key)).collect())
     }
 }
 
-type BeginError = Box<dyn std::error::Error + Send + Sync>;
+/// A name above `last` in order.
+fn next_incarnation(last: Option<&str>) -> String {
+    let fresh = ulid::Ulid::generate();
+    let last = last.and_then(|last| ulid::Ulid::from_string(&last.to_ascii_uppercase()).ok());
+    let above = last.filter(|last| *last >= fresh).and_then(|last| last.increment().ok());
+    above.unwrap_or(fresh).to_string().to_ascii_lowercase()
+}
 
 impl Engine {
     /// Opens the streams of the storages that were written to before, so that an older copy of the data folder is found
@@ -144,7 +288,7 @@ impl Engine {
             catalog.catalog.storages.get(&root.storage).is_some_and(|entry| entry.roots.contains_key(&root.root))
         };
         let mut opening = JoinSet::new();
-        for root in self.shippers.roots()?.into_iter().filter(served) {
+        for root in self.shippers.roots()?.into_iter().filter(served).chain(self.not_rebuilt()) {
             let engine = Arc::clone(self);
             opening.spawn(async move { engine.open_stream(&root).await });
         }
@@ -158,257 +302,223 @@ impl Engine {
 
     /// Waits until former incarnations are fenced in `root` and what they had committed is published.
     pub(super) async fn open_stream(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
-        self.request(root, None).await
+        self.request(root, Asked::default()).await
     }
 
     /// Commits `edit` in the stream of `root` and publishes it.
     pub(super) async fn ship(self: &Arc<Self>, root: &RootKey, edit: Edit) -> Result<(), ShipError> {
-        self.request(root, Some(edit)).await
+        self.request(root, Asked { edit: Some(edit), ..Asked::default() }).await
     }
 
-    async fn request(self: &Arc<Self>, root: &RootKey, edit: Option<Edit>) -> Result<(), ShipError> {
+    /// Commits rows in the stream of `root`, and then to the buffer. They may be there, or appear later, after an error
+    /// that does not say otherwise.
+    pub(super) async fn ship_rows(
+        self: &Arc<Self>,
+        root: &RootKey,
+        instance: InstanceId,
+        rows: Vec<EncodedRow>,
+    ) -> Result<(), ShipError> {
+        let bytes: usize = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
+        let room = tokio::time::timeout(ROOM_WAIT, self.running(root).room.acquire_many_owned(bytes)).await;
+        let _room: OwnedSemaphorePermit =
+            room.map_err(|_| ShipError::Waiting)?.map_err(|_| ShipError::Stopping)?;
+        self.request(root, Asked { rows: Some((instance, rows)), ..Asked::default() }).await
+    }
+
+    /// Takes note of acknowledged rows, for the stream of their storage.
+    pub(super) fn ship_later(
+        self: &Arc<Self>,
+        root: &RootKey,
+        instance: &InstanceId,
+        mut rows: Vec<(Vec<u8>, Vec<u8>)>,
+        committed: Committed,
+    ) -> Result<(), RowError> {
+        for ((_, value), seq) in rows.iter_mut().zip(committed.first_seq..) {
+            row::stamp(value, seq, committed.updated_us)?;
+        }
+        self.running(root).unshipped.push(RowBlock { instance: instance.clone(), buffered: true, rows });
+        Ok(())
+    }
+
+    /// Bytes of acknowledged rows that are not in the stream of their storage.
+    pub fn unshipped_bytes(&self) -> usize {
+        self.shippers.running.lock().values().map(|running| running.unshipped.bytes()).sum()
+    }
+
+    fn running(self: &Arc<Self>, root: &RootKey) -> Running {
+        let mut running = self.shippers.running.lock();
+        let start = || {
+            let (queue, receiver) = mpsc::channel(QUEUE_MAX);
+            let unshipped = Arc::<Unshipped>::default();
+            self.spawn(run(Arc::clone(self), root.clone(), receiver, Arc::clone(&unshipped)));
+            Running { queue, unshipped, room: Arc::new(Semaphore::new(STATEMENTS_BYTES_MAX as usize)) }
+        };
+        running.entry(root.clone()).or_insert_with(start).clone()
+    }
+
+    async fn request(self: &Arc<Self>, root: &RootKey, asked: Asked) -> Result<(), ShipError> {
         self.check_owned()?;
         let (done, answer) = oneshot::channel();
-        let queue = {
-            let mut running = self.shippers.running.lock();
-            let start = || {
-                let (sender, receiver) = mpsc::channel(QUEUE_MAX);
-                self.spawn(run(Arc::clone(self), root.clone(), receiver));
-                sender
-            };
-            running.entry(root.clone()).or_insert_with(start).clone()
-        };
         let ended = || self.check_owned().map_or_else(ShipError::from, |()| ShipError::Stopping);
-        queue.send(Request { edit, done }).await.map_err(|_| ended())?;
+        self.running(root).queue.send(Request { asked, done }).await.map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
 
-    /// Makes a committed edit visible: the record on disk and the view in memory change under the instance's lock.
-    /// Blocking; running it twice changes nothing.
-    fn publish(&self, root: &RootKey, edit: &Edit) -> Result<(), PublishError> {
-        // Outside the lock: rows of a frozen generation do not change, and only the shipper publishes.
-        self.check_covered(edit)?;
-        let instance = self.instances.get(&edit.instance)?;
-        let mut current = instance.current.write();
-        if is_published(&current.view, edit) {
-            return Ok(());
-        }
-        self.note_garbage(root, edit)?;
-        let manifest = manifest::apply(&current.view.manifest, edit);
-        self.buffer.publish(&edit.instance, edit.generation.max(current.view.flushed), &manifest.encode())?;
-        // Keys of which nothing was found may be in the new file; of the others those are still where they were whose rows
-        // the new file does not replace.
-        let stays = |at: &Position| {
-            let removed = edit.remove.iter().any(|path| **path == *at.path);
-            !removed && edit.replace.get(&*at.path).is_none_or(|replaced| !replaced.contains(at.row))
-        };
-        current.located.retain(|_, at| at.as_ref().is_some_and(stays));
-        current.view = Arc::new(View { flushed: edit.generation.max(current.view.flushed), manifest });
-        Ok(())
-    }
-
-    /// Checks that the files of `edit` hold every row that is given up for them: its generation is closed here, and none
-    /// of its rows is newer than the files. Blocking.
-    fn check_covered(&self, edit: &Edit) -> Result<(), PublishError> {
-        let (generation, table) = (edit.generation, edit.instance.table.0);
-        let flushed = self.instances.get(&edit.instance)?.current.read().view.flushed;
-        if flushed >= generation {
-            return Ok(());
-        }
-        let active = self.buffer.counters(&edit.instance)?.active;
-        if generation >= active {
-            let found = format!("generation {} of table {table} is committed, and takes rows here", generation.0);
-            return Err(PublishError::Uncovered(found));
-        }
-        let (mut newest, mut damaged) = (i64::MIN, None);
-        for of in flushed.0 + 1..=generation.0 {
-            self.buffer.scan_generation(&edit.instance, Generation(of), &mut |_, _, row| match Header::parse(row) {
-                Ok(header) => {
-                    newest = newest.max(header.seq);
-                    ControlFlow::Continue(())
-                }
-                Err(error) => {
-                    damaged = Some(error);
-                    ControlFlow::Break(())
-                }
-            })?;
-        }
-        if let Some(error) = damaged {
-            return Err(error.into());
-        }
-        if newest > edit.last_seq {
-            let found = format!(
-                "generation {} of table {table} is committed up to `_seq` {}, and has rows up to {newest} here",
-                generation.0, edit.last_seq
-            );
-            return Err(PublishError::Uncovered(found));
-        }
-        Ok(())
-    }
-
-    /// Publishes until it works: a committed edit that was given up here would be written a second time.
-    async fn publish_all(self: &Arc<Self>, root: &RootKey, edits: Vec<Edit>) -> Result<(), ShipError> {
-        for edit in edits {
-            let mut backoff = Backoff::default();
-            loop {
-                let (engine, of, again) = (Arc::clone(self), root.clone(), edit.clone());
-                match tokio::task::spawn_blocking(move || engine.publish(&of, &again)).await {
-                    Ok(Ok(())) => break,
-                    Ok(Err(PublishError::Uncovered(found))) => return Err(self.older_copy(root, found).into()),
-                    Ok(Err(error)) => {
-                        tracing::error!(error = %Chain(&error), "cannot publish a committed flush");
-                        self.broken.store(true, Ordering::Release);
-                    }
-                    Err(error) => tracing::error!(error = %error, "cannot publish a committed flush"),
-                }
-                self.pause(&mut backoff).await?;
-            }
-        }
-        Ok(())
-    }
-
-    fn older_copy(&self, root: &RootKey, found: String) -> Disowned {
-        self.disown(Disowned::OlderCopy { root: root.clone(), found })
-    }
-
-    async fn pause(&self, backoff: &mut Backoff) -> Result<(), ShipError> {
+    pub(super) async fn pause(&self, backoff: &mut Backoff) -> Result<(), ShipError> {
         tokio::select! {
             () = self.stop.cancelled() => Err(ShipError::Stopping),
             () = tokio::time::sleep(backoff.next()) => Ok(()),
         }
     }
 
-    fn open_store(&self, root: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
+    pub(super) fn open_store(&self, root: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
         self.storages.store(&self.catalog.current(), root)
     }
 }
 
-/// Whether `view` has what `edit` brings: a flush brings a generation, a compaction takes files away.
-fn is_published(view: &View, edit: &Edit) -> bool {
-    if edit.remove.is_empty() {
-        view.flushed >= edit.generation
-    } else {
-        edit.remove.iter().all(|path| view.file(path).is_none())
-    }
-}
-
-/// About what an edit takes in its object: keys are written in hex.
-fn size(request: &Request) -> usize {
-    let files = request.edit.iter().flat_map(|edit| &edit.add);
-    let files = files.map(|file| {
-        512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len() + file.tombstones.json_bytes()
-    });
-    let replaced = request.edit.iter().flat_map(|edit| &edit.replace);
-    files.sum::<usize>() + replaced.map(|(path, rows)| path.len() + rows.json_bytes()).sum::<usize>()
-}
-
-async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Request>) {
-    let Ok(mut stream) = open(&engine, &root).await else { return };
+async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Request>, unshipped: Arc<Unshipped>) {
+    let Ok(mut stream) = begin::open(&engine, &root).await else { return };
+    let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
+    checkpoints.start(stream.next_seq());
     loop {
         let first = tokio::select! {
-            () = engine.stop.cancelled() => return,
-            request = queue.recv() => match request { Some(request) => request, None => return },
+            biased;
+            request = queue.recv() => match request { Some(request) => Some(request), None => return },
+            () = unshipped.due() => None,
+            () = checkpoints.due() => None,
+            () = engine.stop.cancelled() => break,
         };
-        let mut bytes = size(&first);
-        let mut round = vec![first];
+        let mut bytes = first.as_ref().map_or(0, Request::size);
+        let mut requests: Vec<Request> = first.into_iter().collect();
         while bytes < ROUND_BYTES_MAX {
             let Ok(more) = queue.try_recv() else { break };
-            bytes += size(&more);
-            round.push(more);
+            bytes += more.size();
+            requests.push(more);
         }
-        let edits: Vec<Edit> = round.iter().filter_map(|request| request.edit.clone()).collect();
-        let outcome = if edits.is_empty() { Ok(()) } else { commit(&engine, &root, &mut stream, edits).await };
-        for request in round {
-            // The flush may have been given up; its edit is published all the same.
-            let _ = request.done.send(outcome.clone());
-        }
-        if matches!(outcome, Err(ShipError::Stopping)) {
+        if round(&engine, &root, &mut stream, &unshipped, requests, &mut checkpoints).await.is_err() {
             return;
         }
+        if unshipped.take_overflow() {
+            checkpoints.want();
+        }
+        // Between two rounds: everything before the next object is in the views and the buffer.
+        if checkpoints.is_due() {
+            checkpoints.start(stream.next_seq());
+        }
+    }
+    let last = round(&engine, &root, &mut stream, &unshipped, Vec::new(), &mut checkpoints);
+    if tokio::time::timeout(LAST_WAIT, last).await.is_err() {
+        tracing::warn!(storage = %root, "stopping although the storage does not have the last rows; they are on this disk");
     }
 }
 
-/// Ends the streams of former incarnations and begins our own.
-async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, ShipError> {
+/// A statement on its way through a round.
+struct Statement {
+    instance: InstanceId,
+    rows: Vec<EncodedRow>,
+    stamps: Stamps,
+    done: oneshot::Sender<Result<(), ShipError>>,
+}
+
+/// Commits and applies what is asked for and what waits. Fails when there can be no further round.
+async fn round(
+    engine: &Arc<Engine>,
+    root: &RootKey,
+    stream: &mut StreamWriter,
+    unshipped: &Unshipped,
+    requests: Vec<Request>,
+    checkpoints: &mut Checkpoints,
+) -> Result<(), ShipError> {
+    let mut round = Round::default();
+    let (mut waiting, mut statements, mut last_seqs) = (Vec::new(), Vec::new(), HashMap::new());
+    for Request { asked: Asked { edit, rows }, done } in requests {
+        round.edits.extend(edit);
+        let Some((instance, mut rows)) = rows else {
+            waiting.push(done);
+            continue;
+        };
+        match stamp(engine, &mut last_seqs, &instance, &mut rows) {
+            Ok(stamps) => {
+                let stored = rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect();
+                round.rows.push(RowBlock { instance: instance.clone(), buffered: false, rows: stored });
+                statements.push(Statement { instance, rows, stamps, done });
+            }
+            // Whoever asked may be gone.
+            Err(error) => _ = done.send(Err(error)),
+        }
+    }
+    let taken = unshipped.take(ROUND_BYTES_MAX);
+    round.rows.extend(taken);
+    let outcome = if round == Round::default() { Ok(()) } else { commit(engine, root, stream, round, checkpoints).await };
+    if outcome.is_err() {
+        unshipped.note_loss();
+    }
+    let mut applying = JoinSet::new();
+    for Statement { instance, rows, stamps, done } in statements {
+        let (engine, outcome) = (Arc::clone(engine), outcome.clone());
+        applying.spawn(async move {
+            let outcome = match outcome {
+                Ok(()) => apply(&engine, instance, rows, stamps).await,
+                Err(error) => Err(error),
+            };
+            let _ = done.send(outcome);
+        });
+    }
+    while applying.join_next().await.is_some() {}
+    if outcome.is_ok() {
+        // Everything before the next object is published here, so a later start need not look at it.
+        if let Err(error) = engine.shippers.note(root, &engine.shippers.incarnation, stream.next_seq()) {
+            tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
+        }
+    }
+    for done in waiting {
+        // The flush may have been given up; its edit is published all the same.
+        let _ = done.send(outcome.clone());
+    }
+    match outcome {
+        Err(error @ (ShipError::Stopping | ShipError::Disowned(_))) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Settles `_seq` and `_updated` of rows that are stored before they are applied. Only a round does so, one at a time, and
+/// nobody else writes to the instance meanwhile; `last_seqs` is what the round has given already.
+fn stamp(
+    engine: &Engine,
+    last_seqs: &mut HashMap<InstanceId, i64>,
+    instance: &InstanceId,
+    rows: &mut [EncodedRow],
+) -> Result<Stamps, ShipError> {
+    let applied = engine.buffer.counters(instance)?.last_seq;
+    let last = last_seqs.get(instance).copied().unwrap_or(i64::MIN).max(applied);
+    let updated_us = now_us();
+    let first_seq = last.saturating_add(1).max(updated_us);
+    for (row, seq) in rows.iter_mut().zip(first_seq..) {
+        row::stamp(&mut row.value, seq, updated_us)?;
+        last_seqs.insert(instance.clone(), seq);
+    }
+    Ok(Stamps { first_seq, updated_us })
+}
+
+/// Applies rows that are stored. They must not be given up for a queue that is full.
+async fn apply(
+    engine: &Engine,
+    instance: InstanceId,
+    rows: Vec<EncodedRow>,
+    stamps: Stamps,
+) -> Result<(), ShipError> {
     let mut backoff = Backoff::default();
     loop {
-        let begun = begin(engine, root).await;
-        engine.check_owned()?;
-        match begun {
-            Ok(writer) => return Ok(writer),
+        match engine.buffer.commit_stamped(instance.clone(), rows.clone(), stamps).await {
+            Ok(_) => return Ok(()),
+            Err(CommitError::Busy) => tokio::time::sleep(backoff.next()).await,
             Err(error) => {
-                tracing::warn!(storage = %root, error = %Chain(error.as_ref()), "cannot begin the commit stream yet");
+                tracing::error!(error = %Chain(&error), "rows that are stored could not be applied");
+                engine.note_failure(&error);
+                return Err(ShipError::Unapplied(error));
             }
         }
-        engine.pause(&mut backoff).await?;
-    }
-}
-
-async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, BeginError> {
-    let shippers = &engine.shippers;
-    let known = shippers.known(root)?;
-    let usage = if known.is_empty() { Use::First } else { Use::Again };
-    let store = engine.storages.open(&engine.catalog.current(), root, usage)?;
-    let former: Vec<_> = known.iter().filter(|(incarnation, _)| *incarnation != shippers.incarnation).collect();
-    for (incarnation, from) in &former {
-        let Look { edits, fenced_by } = look(engine, root, store.as_ref(), incarnation, *from).await?;
-        check_end(engine, root, &known, incarnation, fenced_by.as_deref())?;
-        check_all(engine, root, edits).await?;
-    }
-    // On disk before our first object, a fence included: the next process must know us by both.
-    let key = |incarnation: &str| format!("{}{incarnation}", Shippers::state_prefix(root));
-    shippers.buffer.state_put(&key(&shippers.incarnation), b"1")?;
-    for (incarnation, from) in &former {
-        let replay = stream::fence(store.as_ref(), incarnation, *from, &shippers.incarnation).await?;
-        check_end(engine, root, &known, incarnation, Some(&replay.fenced_by))?;
-        let edits: Vec<Edit> = replay.edits.into_iter().map(|(_, edit)| edit).collect();
-        tracing::info!(storage = %root, edits = edits.len(), "ended the commit stream of a former process");
-        engine.publish_all(root, edits).await?;
-    }
-    // All at the end, oldest first: whoever ended a stream is known as long as that stream is.
-    for (incarnation, _) in &former {
-        shippers.buffer.state_delete(&key(incarnation))?;
-    }
-    Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))
-}
-
-async fn look(
-    engine: &Engine,
-    root: &RootKey,
-    store: &dyn ObjectStore,
-    incarnation: &str,
-    from: u64,
-) -> Result<Look, BeginError> {
-    match stream::look(store, incarnation, from).await {
-        // Each commit notes its number here, so no process leaves its successor more than one round.
-        Err(error @ StreamError::TooMany { .. }) => Err(engine.older_copy(root, error.to_string()).into()),
-        other => Ok(other?),
-    }
-}
-
-/// Whoever ended a stream noted itself in its data folder before: a stranger did not run on this one.
-fn check_end(
-    engine: &Engine,
-    root: &RootKey,
-    known: &[(String, u64)],
-    incarnation: &str,
-    fenced_by: Option<&str>,
-) -> Result<(), Disowned> {
-    let Some(by) = fenced_by else { return Ok(()) };
-    if by == engine.shippers.incarnation || known.iter().any(|(known, _)| known == by) {
-        return Ok(());
-    }
-    let found = format!("the stream of process `{incarnation}` was ended by `{by}`, which never ran on this folder");
-    Err(engine.older_copy(root, found))
-}
-
-/// Checks all `edits` before anything is changed for one.
-async fn check_all(engine: &Arc<Engine>, root: &RootKey, edits: Vec<Edit>) -> Result<(), BeginError> {
-    let checking = Arc::clone(engine);
-    let checked = tokio::task::spawn_blocking(move || edits.iter().try_for_each(|edit| checking.check_covered(edit)));
-    match checked.await? {
-        Err(PublishError::Uncovered(found)) => Err(engine.older_copy(root, found).into()),
-        other => Ok(other?),
     }
 }
 
@@ -416,11 +526,13 @@ async fn commit(
     engine: &Arc<Engine>,
     root: &RootKey,
     stream: &mut StreamWriter,
-    edits: Vec<Edit>,
+    round: Round,
+    checkpoints: &mut Checkpoints,
 ) -> Result<(), ShipError> {
+    let round = Arc::new(round);
     let mut backoff = Backoff::default();
     loop {
-        match stream.append(edits.clone()).await {
+        match stream.append(&round).await {
             Ok(_) => break,
             Err(error @ (StreamError::Fenced { .. } | StreamError::Foreign { .. })) => {
                 tracing::error!(storage = %root, error = %Chain(&error), "the commit stream was ended");
@@ -436,14 +548,10 @@ async fn commit(
             stream.use_store(store);
         }
     }
+    checkpoints.count(round.rows.iter().map(bytes_of).sum());
     crash::point("flush.committed");
-    engine.publish_all(root, edits).await?;
-    // Everything before the next object is published here, so a later start need not look at it.
-    let key = format!("{}{}", Shippers::state_prefix(root), engine.shippers.incarnation);
-    if let Err(error) = engine.shippers.buffer.state_put(&key, stream.next_seq().to_string().as_bytes()) {
-        tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
-    }
-    Ok(())
+    let edits = round.edits.clone();
+    engine.publish_all(root, edits).await
 }
 
 /// Doubling waits with jitter.
@@ -457,5 +565,19 @@ impl Backoff {
         let base = BACKOFF_MIN.saturating_mul(1 << self.attempt.min(10)).min(BACKOFF_MAX);
         self.attempt += 1;
         base.mul_f64(rand::random_range(0.8..1.2))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn incarnations_rise_even_if_the_clock_steps_back() {
+        let future = ulid::Ulid::from_parts(u64::MAX >> 17, 7).to_string().to_ascii_lowercase();
+        assert!(next_incarnation(Some(&future)) > future);
+        assert!(next_incarnation(Some("not one")) > "0".to_owned());
+        let now = next_incarnation(None);
+        assert!(next_incarnation(Some(&now)) > now);
     }
 }

@@ -14,7 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::catalog::Snapshot;
 
 /// A root of a storage.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct RootKey {
     /// The storage.
     pub storage: StorageName,
@@ -127,6 +127,13 @@ impl Storages {
     /// See [`StoragesError`].
     pub fn store(&self, snapshot: &Snapshot, key: &RootKey) -> Result<Arc<dyn ObjectStore>, StoragesError> {
         self.open(snapshot, key, Use::Again)
+    }
+
+    /// Whether the commit stream of `key` carries rows: not if it lies on the pod's own disk, with which they would be
+    /// lost, too.
+    pub(super) fn ships_rows(&self, snapshot: &Snapshot, key: &RootKey) -> bool {
+        let root = snapshot.catalog.storages.get(&key.storage).and_then(|entry| entry.roots.get(&key.root));
+        !matches!(root, Some(StorageRoot::Filesystem { path }) if std::path::Path::new(path).is_relative())
     }
 
     /// The store of `key`; what `usage` says counts when it is not open yet.

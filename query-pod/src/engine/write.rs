@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use kalamdb_model::declared::Durability;
 use kalamdb_model::{Owner, TableEntry, Value};
@@ -17,7 +18,10 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 use super::instance::{Instance, InstanceError, Position, View};
 use super::read::ReadError;
 use super::storages::StoragesError;
-use super::{Disowned, Engine, RootKey};
+use super::{Disowned, Engine, Rebuilding, RootKey, ShipError};
+
+/// How long a statement waits for others that are at work on the same rows.
+const HOLD_WAIT: Duration = Duration::from_secs(30);
 
 /// A row to write.
 #[derive(Clone, Debug)]
@@ -45,9 +49,15 @@ pub enum WriteError {
     /// The data is another's now.
     #[error(transparent)]
     Disowned(#[from] Disowned),
-    /// The table promises more than is kept here. The catalog may come from a newer operator.
-    #[error("durability `objectStore` is not available in this version")]
-    Durability,
+    /// The storage is being read back.
+    #[error(transparent)]
+    Rebuilding(#[from] Rebuilding),
+    /// Others that read before they write take too long.
+    #[error("other statements have been at work on these rows for {} s", HOLD_WAIT.as_secs())]
+    Held,
+    /// The rows did not get into the commit stream, or it is not known whether they did.
+    #[error("failed to store the rows")]
+    Ship(#[from] ShipError),
     /// The buffer refused or failed.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -114,8 +124,10 @@ impl Engine {
     /// # Errors
     /// If another process has taken over, or the instance cannot be loaded.
     pub async fn write(self: &Arc<Self>, table: &Arc<TableEntry>, owner: &Owner) -> Result<Writing, WriteError> {
-        let instance = self.instances.get(&Self::instance_id(table, owner))?;
-        let hold = Hold::Exclusive(Arc::clone(&instance.writes).write_owned().await);
+        let instance = self.writable(table, owner).await?;
+        let hold = exclusive(&instance).await?;
+        let stores_first = self.stores_first(table);
+        instance.stores_first.store(stores_first, Ordering::Relaxed);
         self.writing(table, instance, hold)
     }
 
@@ -126,9 +138,29 @@ impl Engine {
     /// # Errors
     /// As [`Engine::write`].
     pub async fn append(self: &Arc<Self>, table: &Arc<TableEntry>, owner: &Owner) -> Result<Writing, WriteError> {
-        let instance = self.instances.get(&Self::instance_id(table, owner))?;
-        let hold = Hold::Shared(Arc::clone(&instance.writes).read_owned().await);
-        self.writing(table, instance, hold)
+        let instance = self.writable(table, owner).await?;
+        let shared = Arc::clone(&instance.writes).read_owned();
+        let shared = tokio::time::timeout(HOLD_WAIT, shared).await.map_err(|_| WriteError::Held)?;
+        if instance.stores_first.load(Ordering::Relaxed) == self.stores_first(table) {
+            return self.writing(table, instance, Hold::Shared(shared));
+        }
+        drop(shared);
+        self.write(table, owner).await
+    }
+
+    async fn writable(self: &Arc<Self>, table: &TableEntry, owner: &Owner) -> Result<Arc<Instance>, WriteError> {
+        self.check_owned()?;
+        self.check_rebuilt(&RootKey::of(&table.location)).await?;
+        Ok(self.instances.get(&Self::instance_id(table, owner))?)
+    }
+
+    /// Whether rows of `table` are stored before they are applied. On the pod's own disk the fsync is as good.
+    fn stores_first(&self, table: &TableEntry) -> bool {
+        table.durability == Durability::ObjectStore && self.ships_rows(table)
+    }
+
+    fn ships_rows(&self, table: &TableEntry) -> bool {
+        self.storages.ships_rows(&self.catalog.current(), &RootKey::of(&table.location))
     }
 
     fn writing(
@@ -138,10 +170,6 @@ impl Engine {
         hold: Hold,
     ) -> Result<Writing, WriteError> {
         self.check_owned()?;
-        match table.durability {
-            Durability::Local => {}
-            Durability::ObjectStore => return Err(WriteError::Durability),
-        }
         let (engine, table) = (Arc::clone(self), Arc::clone(table));
         Ok(Writing { engine, table, instance, known: HashMap::new(), _hold: hold })
     }
@@ -270,10 +298,27 @@ impl Writing {
         self.note_replaced(&rows);
         let engine = &self.engine;
         let _room = engine.take_room(&self.instance, &rows)?;
-        engine.buffer.commit(self.instance.id.clone(), rows).await.inspect_err(|error| engine.note_failure(error))?;
+        let (root, id) = (RootKey::of(&self.table.location), self.instance.id.clone());
+        if self.instance.stores_first.load(Ordering::Relaxed) {
+            engine.ship_rows(&root, id, rows).await?;
+        } else {
+            let copies = engine
+                .ships_rows(&self.table)
+                .then(|| rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect());
+            let committed =
+                engine.buffer.commit(id.clone(), rows).await.inspect_err(|error| engine.note_failure(error))?;
+            if let Some(copies) = copies {
+                engine.ship_later(&root, &id, copies, committed)?;
+            }
+        }
         engine.metrics.rows_written.inc_by(count);
         Ok(count)
     }
+}
+
+async fn exclusive(instance: &Instance) -> Result<Hold, WriteError> {
+    let held = tokio::time::timeout(HOLD_WAIT, Arc::clone(&instance.writes).write_owned()).await;
+    held.map(Hold::Exclusive).map_err(|_| WriteError::Held)
 }
 
 fn in_files(view: &Arc<View>, position: Option<&Position>) -> Existing {

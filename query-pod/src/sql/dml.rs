@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, AsArray as _, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema};
@@ -32,6 +33,9 @@ const KEY_BYTES_MAX: usize = 8 << 10;
 
 /// Rows that exist which an upsert reads at once.
 const EXISTING_ROWS: usize = 64;
+
+/// How long a statement waits for its commit to be acknowledged.
+const COMMIT_WAIT: Duration = Duration::from_secs(30);
 
 /// A whole row with its key.
 struct Row {
@@ -525,12 +529,9 @@ impl Target<'_> {
             None => engine.write(&self.table, &self.owner).await.map_err(of_engine)?,
         };
         let put = self.encoded(&changes.put);
-        // A task of its own: a client that hangs up must not stop a write between the buffer and its locks.
-        let written = tokio::spawn(async move { writing.insert(put).await });
         let shown = |index: usize| assign::shown_key(&self.table, &self.key, &changes.put[index].values);
-        written
-            .await
-            .map_err(|error| ApiError::internal(&error))?
+        written(async move { writing.insert(put).await })
+            .await?
             .map_err(|error| engine_errors::of_write(error, shown))?;
         Ok(answer)
     }
@@ -544,8 +545,7 @@ impl Target<'_> {
     ) -> Result<Answer, ApiError> {
         let (changes, answer) = self.answer(changes, returning, verb).await?;
         let (put, delete) = (self.encoded(&changes.put), self.encoded(&changes.delete));
-        let written = tokio::spawn(async move { writing.commit(put, delete).await });
-        written.await.map_err(|error| ApiError::internal(&error))?.map_err(of_engine)?;
+        written(async move { writing.commit(put, delete).await }).await?.map_err(of_engine)?;
         Ok(answer)
     }
 
@@ -553,6 +553,15 @@ impl Target<'_> {
         let encode = |row: &Row| NewRow { key: row.key.clone(), value: row::encode(&self.table, &row.values) };
         rows.iter().map(encode).collect()
     }
+}
+
+/// Waits for a commit, which goes on as a task of its own when the client hangs up, or when its storage takes too long: it
+/// must not end between the buffer and its locks.
+async fn written(
+    work: impl Future<Output = Result<u64, WriteError>> + Send + 'static,
+) -> Result<Result<u64, WriteError>, ApiError> {
+    let joined = tokio::time::timeout(COMMIT_WAIT, tokio::spawn(work)).await;
+    joined.map_err(|_| engine_errors::outcome_unknown())?.map_err(|error| ApiError::internal(&error))
 }
 
 fn of_engine(error: WriteError) -> ApiError {

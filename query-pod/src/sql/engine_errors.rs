@@ -1,6 +1,6 @@
 //! What the data plane says, for the client.
 
-use crate::engine::{FlushError, ReadError, StoragesError, WriteError};
+use crate::engine::{FlushError, ReadError, Rebuilding, ShipError, StoragesError, WriteError};
 use crate::error::{ApiError, Kind};
 use kalamdb_write_buffer::CommitError;
 
@@ -17,10 +17,17 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
             format!("the unflushed rows of this table take {bytes} bytes, and at most {limit} are buffered; try again"),
         ),
         WriteError::Disowned(_) => not_owner(),
-        error @ WriteError::Durability => ApiError::invalid("UNSUPPORTED", format!("{error}; nothing was written")),
+        WriteError::Rebuilding(error) => rebuilding(&error),
+        error @ WriteError::Held => ApiError::new(
+            Kind::Busy,
+            "WRITES_BUSY",
+            format!("{error}; nothing was written, send the request again"),
+        ),
+        WriteError::Ship(error) => of_ship(error),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Storage(error) | WriteError::Read(ReadError::Storage(error)) => of_storage(&error),
         WriteError::Read(ReadError::Disowned(_)) => not_owner(),
+        WriteError::Read(ReadError::Rebuilding(error)) => rebuilding(&error),
         error @ (WriteError::File(_) | WriteError::Read(ReadError::File(_))) => {
             tracing::warn!(error = %crate::error::Chain(&error), "a write could not look its keys up");
             ApiError::unavailable(
@@ -34,18 +41,47 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
     }
 }
 
+/// Rows that did not get through the commit stream.
+fn of_ship(error: ShipError) -> ApiError {
+    tracing::warn!(error = %crate::error::Chain(&error), "rows were not acknowledged");
+    match error {
+        ShipError::Disowned(_) => not_owner(),
+        ShipError::Waiting => ApiError::unavailable(
+            "STORAGE_UNAVAILABLE",
+            "the storage of the table takes no rows at the moment; nothing was written, send the request again",
+        ),
+        ShipError::Stopping | ShipError::Unapplied(_) => outcome_unknown(),
+        error @ (ShipError::Refused(_) | ShipError::Row(_) | ShipError::Buffer(_)) => ApiError::internal(&error),
+    }
+}
+
+/// The statement goes on, or will after the next start.
+pub(super) fn outcome_unknown() -> ApiError {
+    ApiError::unavailable(
+        "OUTCOME_UNKNOWN",
+        "it is not known yet whether the statement was written: look before you send it again",
+    )
+}
+
+fn rebuilding(error: &Rebuilding) -> ApiError {
+    ApiError::unavailable("STORAGE_UNAVAILABLE", format!("{error}; nothing was read or written, try again"))
+}
+
 fn of_commit(error: CommitError) -> ApiError {
     match error {
         CommitError::Busy => ApiError::new(Kind::Busy, "WRITES_BUSY", "too many writes are waiting; try again"),
         CommitError::DiskFull { .. } => ApiError::unavailable("DISK_FULL", format!("{error}; nothing was written")),
         CommitError::Closed => ApiError::unavailable("STOPPING", "the pod is stopping; send the request again"),
+        CommitError::Lost => outcome_unknown(),
         CommitError::Write { .. } => {
             tracing::error!(error = %crate::error::Chain(&error), "a write was not acknowledged");
             ApiError::unavailable("WRITE_FAILED", "the disk failed; the rows may or may not be there after a restart")
         }
-        CommitError::Empty | CommitError::Row { .. } | CommitError::Exhausted | CommitError::Read { .. } => {
-            ApiError::internal(&error)
-        }
+        CommitError::Empty
+        | CommitError::Row { .. }
+        | CommitError::Exhausted
+        | CommitError::Order { .. }
+        | CommitError::Read { .. } => ApiError::internal(&error),
     }
 }
 
@@ -58,6 +94,7 @@ fn not_owner() -> ApiError {
 pub(super) fn of_read(error: &ReadError) -> ApiError {
     match error {
         ReadError::Disowned(_) => not_owner(),
+        ReadError::Rebuilding(error) => rebuilding(error),
         ReadError::Storage(error) => of_storage(error),
         ReadError::File(_) => {
             tracing::warn!(error = %crate::error::Chain(error), "a read could not look keys up in files");

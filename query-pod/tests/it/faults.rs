@@ -6,97 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use arrow::array::{AsArray as _, RecordBatch};
-use arrow::datatypes::Int64Type;
-use futures::TryStreamExt as _;
-use kalamdb_model::declared::Durability;
-use kalamdb_model::{Generation, OnRemoval, Owner, TableEntry, TableName, UserId, Value, compile, key};
-use kalamdb_query_pod::catalog::CatalogHandle;
-use kalamdb_query_pod::engine::{
-    Disowned, Engine, EngineLimits, FlushError, NewRow, ReadError, RootKey, Secrets, Storages,
-};
-use kalamdb_query_pod::metrics::Metrics;
+use arrow::array::AsArray as _;
+use kalamdb_model::{Generation, OnRemoval, Value, compile, key};
+use kalamdb_query_pod::engine::{Disowned, Engine, FlushError, NewRow, ReadError};
 use kalamdb_table_store::Edit;
-use kalamdb_table_store::stream::{self, StreamWriter};
-use kalamdb_test_support::fault_store::{Fault, FaultStore, Rates};
+use kalamdb_table_store::stream::{self, Round, StreamWriter};
+use kalamdb_test_support::fault_store::{Fault, Rates};
 use kalamdb_test_support::pod::{MANIFESTS, eventually};
 use kalamdb_write_buffer::{Options, WriteBuffer, row};
-use object_store::ObjectStore;
-use object_store::memory::InMemory;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
-struct World {
-    dir: tempfile::TempDir,
-    truth: Arc<dyn ObjectStore>,
-    faults: FaultStore,
-}
-
-impl World {
-    fn new(seed: u64, rates: Rates) -> anyhow::Result<Self> {
-        let truth: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-        let faults = FaultStore::seeded(Arc::clone(&truth), seed, rates);
-        Ok(Self { dir: tempfile::tempdir()?, truth, faults })
-    }
-
-    fn open(&self) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
-        self.open_with(MANIFESTS)
-    }
-
-    fn open_with(&self, manifests: &str) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
-        let catalog = CatalogHandle::open(self.dir.path())?;
-        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
-        let (compiled, _) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
-        catalog.save(&compiled)?;
-        catalog.serve(compiled);
-        let faults = self.faults.clone();
-        let open = Box::new(move |_: &_, _: Option<&_>, _| Ok(Arc::new(faults.clone()) as Arc<dyn ObjectStore>));
-        let storages = Storages::opened_by(open, Secrets::default());
-        let limits =
-            EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4, garbage_after_secs: 0 };
-        let engine = Engine::open(self.dir.path(), catalog.clone(), storages, limits, Arc::new(Metrics::default()))?;
-        let table = catalog.current().table(&TableName::parse("app.messages")?).context("the table")?.clone();
-        Ok((engine, table))
-    }
-
-    /// The one process that has committed so far.
-    async fn incarnation(&self) -> anyhow::Result<String> {
-        let objects: Vec<_> = self.truth.list(None).try_collect().await?;
-        let object =
-            objects.iter().map(|meta| meta.location.to_string()).find(|path| path.contains("_cluster/stream/"));
-        Ok(object.context("a commit")?.split('/').nth(2).context("its stream")?.to_owned())
-    }
-}
-
-/// How long the streams of a store that answers may take.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-fn user(name: &str) -> anyhow::Result<Owner> {
-    Ok(Owner::User(UserId::new(name)?))
-}
-
-async fn insert(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner, id: i64) -> anyhow::Result<()> {
-    let values = [Value::BigInt(id), Value::Text(format!("body {id}"))];
-    let row = NewRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
-    engine.write(table, owner).await?.insert(vec![row]).await?;
-    Ok(())
-}
-
-/// Every id that a reader sees, buffered or in files, with repetitions.
-async fn seen(world: &World, engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<Vec<i64>> {
-    let ids = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
-    let rows = engine.read(table, owner, vec![0], None).await?;
-    ensure!(rows.root == RootKey::of(&table.location));
-    let mut all: Vec<i64> = rows.buffered.iter().flat_map(ids).collect();
-    for file in &rows.view.manifest.files {
-        let path = object_store::path::Path::parse(&file.path)?;
-        let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
-        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
-            all.extend(ids(&batch?));
-        }
-    }
-    all.sort_unstable();
-    Ok(all)
-}
+use crate::world::{PATIENCE, World, insert, seen, user};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn flushes_over_a_failing_store_lose_and_double_nothing_across_restarts() -> anyhow::Result<()> {
@@ -222,7 +142,7 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
         remove: vec![],
         replace: BTreeMap::new(),
     };
-    StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2).append(vec![edit]).await?;
+    StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2).append(&Arc::new(Round { edits: vec![edit], rows: vec![] })).await?;
     let (engine, _) = world.open()?;
     engine.open_known_streams(PATIENCE).await?;
     ensure!(matches!(engine.disowned(), Some(Disowned::OlderCopy { .. })), "{:?}", engine.disowned());
@@ -236,8 +156,8 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
         ControlFlow::Continue(())
     })?;
     ensure!(rows == 1, "the row that no file holds is gone");
-    let look = stream::look(world.truth.as_ref(), &incarnation, 1).await?;
-    ensure!(look.fenced_by.is_none(), "an older copy locked the newest one out");
+    let last = stream::last(world.truth.as_ref(), &incarnation).await?.context("its objects")?;
+    ensure!(!stream::is_fence(world.truth.as_ref(), &incarnation, last).await?, "an older copy locked the newest one out");
     Ok(())
 }
 
@@ -258,20 +178,6 @@ async fn an_upload_that_the_store_garbled_is_written_again_under_another_name() 
     let rows = engine.read(&table, &owner, vec![0], None).await?;
     ensure!(rows.buffered[0].num_rows() == 0 && rows.view.manifest.files.len() == 2);
     ensure!(rows.view.manifest.files.iter().all(|file| file.path != garbled));
-    engine.close(Duration::from_secs(5)).await;
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_durability_that_is_not_kept_is_refused_and_not_weakened() -> anyhow::Result<()> {
-    let world = World::new(1, Rates::default())?;
-    let (engine, table) = world.open()?;
-    let owner = user("alice")?;
-    // As the catalog of a newer operator may say.
-    let stronger = Arc::new(TableEntry { durability: Durability::ObjectStore, ..TableEntry::clone(&table) });
-    let refused = insert(&engine, &stronger, &owner, 1).await.expect_err("it cannot be kept");
-    ensure!(refused.to_string() == "durability `objectStore` is not available in this version", "{refused}");
-    ensure!(seen(&world, &engine, &table, &owner).await?.is_empty());
     engine.close(Duration::from_secs(5)).await;
     Ok(())
 }

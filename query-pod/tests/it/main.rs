@@ -7,11 +7,13 @@ mod faults;
 mod inserts;
 mod isolation;
 mod limits;
+mod lost_volume;
 mod manifests;
 mod names;
 mod outside;
 mod sql;
 mod types;
+mod world;
 
 use anyhow::ensure;
 use kalamdb_test_support::pod::{Answer, Pod};

@@ -7,10 +7,11 @@ use std::path::PathBuf;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
+use kalamdb_model::ids::{InstanceId, Owner, TableId};
 use kalamdb_table_store::catalog_log::{self, CatalogLog};
 use kalamdb_table_store::manifest::{self, Manifest};
 use kalamdb_table_store::parquet_file::{self, key_of, locate_keys};
-use kalamdb_table_store::stream::{self, Body, StreamObject};
+use kalamdb_table_store::stream::{self, Body, Round, RowBlock, StreamObject};
 use kalamdb_table_store::{Edit, FileEntry, paths};
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
@@ -32,6 +33,17 @@ fn edits() -> Vec<Edit> {
     vec![edit(1), edit(2), edit(3)]
 }
 
+/// Blocks of a user and of a shared table, one of them acknowledged before it was stored.
+fn rows_of_two() -> Vec<RowBlock> {
+    let block = |instance, buffered| RowBlock {
+        instance,
+        buffered,
+        rows: vec![(b"key 1".to_vec(), b"value 1".to_vec()), (Vec::new(), Vec::new())],
+    };
+    let shared = InstanceId { owner: Owner::Shared, table: TableId(8) };
+    vec![block(edit(1).instance, true), block(shared, false)]
+}
+
 fn manifest() -> Manifest {
     edits().iter().fold(Manifest::default(), |before, edit| manifest::apply(&before, edit))
 }
@@ -40,7 +52,11 @@ fn manifest() -> Manifest {
 fn a_stored_stream_object_parses() {
     let object = StreamObject::decode(&sample("stream-edits.log")).unwrap();
     assert_eq!((object.header.incarnation.as_str(), object.header.seq), ("01JARZ3NDEKTSV4RRFFQ69G5FA", 7));
-    assert_eq!(object.body, Body::Edits(edits()));
+    assert_eq!(object.body, Body::Round(Round { edits: edits(), rows: Vec::new() }));
+    let rows = StreamObject::decode(&sample("stream-rows.log")).unwrap();
+    assert_eq!(rows.body, Body::Round(Round { edits: vec![edit(1)], rows: rows_of_two() }));
+    let checkpoint = StreamObject::decode(&sample("checkpoint.log")).unwrap();
+    assert_eq!(checkpoint.body, Body::Checkpoint { parts: 3 });
     let fence = StreamObject::decode(&sample("stream-fence.log")).unwrap();
     assert_eq!(fence.body, Body::Fence { by: "01JARZ3NDEKTSV4RRFFQ69G5FB".to_owned() });
 }
@@ -96,7 +112,9 @@ fn write_missing_samples() {
     let fence = Body::Fence { by: "01JARZ3NDEKTSV4RRFFQ69G5FB".to_owned() };
     assert_eq!(stream::FORMAT, 1, "samples of another format belong in another folder");
     for (name, bytes) in [
-        ("stream-edits.log", object(7, Body::Edits(edits()))),
+        ("stream-edits.log", object(7, Body::Round(Round { edits: edits(), rows: Vec::new() }))),
+        ("stream-rows.log", object(9, Body::Round(Round { edits: vec![edit(1)], rows: rows_of_two() }))),
+        ("checkpoint.log", object(10, Body::Checkpoint { parts: 3 })),
         ("stream-fence.log", object(8, fence)),
         ("manifest.json", manifest().encode()),
         ("all-types.parquet", parquet),

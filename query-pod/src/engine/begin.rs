@@ -1,0 +1,122 @@
+//! Begins the commit stream of this process in a storage: ends those of former ones, and publishes what they committed.
+//!
+//! The streams also tell when the data folder is an older copy of what once ran: a former stream was ended by a process
+//! that the folder does not know, goes on beyond a gap, or has commits that the folder cannot have made. Publishing these
+//! would drop buffered rows that are in no file, and without them answers are too short; so the pod gives up
+//! ([`Disowned`]). It looks before it fences: a copy that was started by mistake must not lock the newest one out.
+
+use std::sync::Arc;
+
+use kalamdb_table_store::stream::{self, Body, Round, StreamWriter};
+use object_store::ObjectStore;
+
+use super::publish::PublishError;
+use super::ship::{Backoff, Disowned, ShipError};
+use super::storages::Use;
+use super::{Engine, RootKey};
+use crate::error::Chain;
+
+pub(super) type BeginError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Ends the streams of former incarnations and begins our own.
+pub(super) async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, ShipError> {
+    let mut backoff = Backoff::default();
+    loop {
+        let begun = begin(engine, root).await;
+        engine.check_owned()?;
+        match begun {
+            Ok(stream) => return Ok(stream),
+            Err(error) => {
+                tracing::warn!(storage = %root, error = %Chain(error.as_ref()), "cannot begin the commit stream yet");
+            }
+        }
+        engine.pause(&mut backoff).await?;
+    }
+}
+
+async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, BeginError> {
+    let shippers = &engine.shippers;
+    let rebuilding = !engine.is_rebuilt(root);
+    let known = shippers.known(root)?;
+    let own_disk = !engine.storages.ships_rows(&engine.catalog.current(), root);
+    let usage = if known.is_empty() && (own_disk || !rebuilding) { Use::First } else { Use::Again };
+    let store = engine.storages.open(&engine.catalog.current(), root, usage)?;
+    if rebuilding {
+        engine.rebuild(root, store.as_ref(), own_disk).await?;
+    }
+    let former: Vec<_> = known.iter().filter(|(incarnation, _)| *incarnation != shippers.incarnation).collect();
+    for (incarnation, from) in &former {
+        let fenced_by = look(engine, root, store.as_ref(), incarnation, *from).await?;
+        check_end(engine, root, &known, incarnation, fenced_by.as_deref())?;
+    }
+    // On disk before our first object, a fence included: the next process must know us by both.
+    shippers.note(root, &shippers.incarnation, 1)?;
+    for (incarnation, from) in &former {
+        let fence = stream::fence(store.as_ref(), incarnation, *from, &shippers.incarnation).await?;
+        check_end(engine, root, &known, incarnation, Some(&fence.by))?;
+        for seq in *from..fence.seq {
+            let (_, Round { edits, rows }) = stream::round(store.as_ref(), incarnation, seq).await?;
+            for block in rows {
+                engine.restore(block).await?;
+            }
+            engine.publish_all(root, edits).await?;
+        }
+        tracing::info!(storage = %root, objects = fence.seq - from, "ended the commit stream of a former process");
+    }
+    // All at the end, oldest first: whoever ended a stream is known as long as that stream is.
+    for (incarnation, _) in &former {
+        shippers.forget(root, incarnation)?;
+    }
+    Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))
+}
+
+/// Checks all that a stream holds beyond what is known here before anything is changed for it, and tells who ended it.
+async fn look(
+    engine: &Arc<Engine>,
+    root: &RootKey,
+    store: &dyn ObjectStore,
+    incarnation: &str,
+    from: u64,
+) -> Result<Option<String>, BeginError> {
+    let Some(last) = stream::last(store, incarnation).await? else { return Ok(None) };
+    for seq in from..=last {
+        let Some(object) = stream::read(store, incarnation, seq).await? else {
+            let found = format!("object {seq} of the stream of process `{incarnation}` is deleted, and {last} is there");
+            return Err(engine.older_copy(root, found).into());
+        };
+        match object.body {
+            Body::Fence { by } => return Ok(Some(by)),
+            Body::Round(round) => check(engine, root, round).await?,
+            Body::Checkpoint { .. } => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Whoever ended a stream noted itself in its data folder before: a stranger did not run on this one.
+fn check_end(
+    engine: &Engine,
+    root: &RootKey,
+    known: &[(String, u64)],
+    incarnation: &str,
+    fenced_by: Option<&str>,
+) -> Result<(), Disowned> {
+    let Some(by) = fenced_by else { return Ok(()) };
+    if by == engine.shippers.incarnation || known.iter().any(|(known, _)| known == by) {
+        return Ok(());
+    }
+    let found = format!("the stream of process `{incarnation}` was ended by `{by}`, which never ran on this folder");
+    Err(engine.older_copy(root, found))
+}
+
+async fn check(engine: &Arc<Engine>, root: &RootKey, round: Round) -> Result<(), BeginError> {
+    let checking = Arc::clone(engine);
+    let checked = tokio::task::spawn_blocking(move || {
+        round.edits.iter().try_for_each(|edit| checking.check_covered(edit))?;
+        round.rows.iter().try_for_each(|block| checking.check_buffered(block))
+    });
+    match checked.await? {
+        Err(PublishError::Uncovered(found)) => Err(engine.older_copy(root, found).into()),
+        other => Ok(other?),
+    }
+}

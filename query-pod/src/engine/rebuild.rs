@@ -1,0 +1,287 @@
+//! Brings an instance's data back on an empty disk, from the checkpoints and commit streams of its storages.
+//!
+//! A volume that takes an instance over from a lost one notes so before anything else. From then on each storage of the
+//! catalog is read back before anything that lies there is read, written or flushed; one that does not answer holds up
+//! only its own users. The streams of all former processes are ended first, so that what is read is all there will be.
+//!
+//! Two passes: first the manifests, which say up to which `_seq` rows are in files, then the rows above that. Doing it
+//! again after a crash changes nothing.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kalamdb_model::{Catalog, Generation, InstanceId};
+use kalamdb_table_store::checkpoint::{self, Checkpoint};
+use kalamdb_table_store::manifest::{self, Edit, Manifest};
+use kalamdb_table_store::stream::{self, Round};
+use kalamdb_write_buffer::{Adopted, ReadError, WriteBuffer};
+use object_store::ObjectStore;
+use parking_lot::Mutex;
+
+use super::begin::BeginError;
+use super::instance::View;
+use super::publish::is_published;
+use super::{Engine, RootKey, now_us};
+use crate::crash;
+
+/// How long a statement waits for the storage of its table to be read back.
+const WAIT: Duration = Duration::from_secs(5);
+/// Instances that are taken over with one fsync.
+const ADOPT_MAX: usize = 1_000;
+
+const STATE: &str = "rebuild";
+
+/// What has still to be read back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+enum Left {
+    /// Nothing: as ever on a volume that has lost nothing.
+    #[default]
+    Nothing,
+    /// Everything that the first catalog will name.
+    Everything,
+    /// These roots.
+    Roots(BTreeSet<RootKey>),
+}
+
+/// The storage of a table is being read back.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("storage `{0}` is being read back after the loss of a volume")]
+pub struct Rebuilding(pub RootKey);
+
+/// What this volume has still to read back; kept on disk.
+pub(super) struct Rebuild {
+    buffer: WriteBuffer,
+    left: Mutex<Left>,
+}
+
+impl Rebuild {
+    pub(super) fn open(buffer: WriteBuffer) -> Result<Self, ReadError> {
+        let stored = buffer.state_get(STATE)?;
+        // What cannot be read was written by nobody: better read everything back than too little.
+        let left = stored.map(|text| serde_json::from_slice(&text).unwrap_or(Left::Everything)).unwrap_or_default();
+        Ok(Self { buffer, left: Mutex::new(left) })
+    }
+
+    fn set(&self, left: &mut Left, next: Left) -> Result<(), ReadError> {
+        match &next {
+            Left::Nothing => self.buffer.state_delete(STATE)?,
+            other => {
+                let text = serde_json::to_vec(other).expect("names and numbers always have a JSON form");
+                self.buffer.state_put(STATE, &text)?;
+            }
+        }
+        *left = next;
+        Ok(())
+    }
+}
+
+/// All that has to be replayed of a storage, in order.
+struct Source {
+    checkpoint: Option<Checkpoint>,
+    /// Streams with the first object and the fence of each.
+    streams: Vec<(String, u64, u64)>,
+}
+
+impl Engine {
+    /// Takes note that this volume is new, and its instance is not.
+    ///
+    /// # Errors
+    /// If the write buffer does not write.
+    pub fn expect_rebuild(&self) -> Result<(), ReadError> {
+        let mut left = self.rebuild.left.lock();
+        self.rebuild.set(&mut left, Left::Everything)
+    }
+
+    /// Settles what has to be read back before the first catalog is served.
+    pub(super) fn plan_rebuild(&self, catalog: &Catalog) -> Result<(), ReadError> {
+        let mut left = self.rebuild.left.lock();
+        if *left != Left::Everything {
+            return Ok(());
+        }
+        let roots = catalog.storages.iter().flat_map(|(storage, entry)| {
+            entry.roots.keys().map(|root| RootKey { storage: storage.clone(), root: *root })
+        });
+        let roots: BTreeSet<RootKey> = roots.collect();
+        let next = if roots.is_empty() { Left::Nothing } else { Left::Roots(roots) };
+        self.rebuild.set(&mut left, next)
+    }
+
+    /// Roots that are not read back yet.
+    pub(super) fn not_rebuilt(&self) -> BTreeSet<RootKey> {
+        match &*self.rebuild.left.lock() {
+            Left::Roots(roots) => roots.clone(),
+            Left::Nothing | Left::Everything => BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn is_rebuilt(&self, root: &RootKey) -> bool {
+        match &*self.rebuild.left.lock() {
+            Left::Nothing => true,
+            Left::Everything => false,
+            Left::Roots(roots) => !roots.contains(root),
+        }
+    }
+
+    /// Waits a little for `root` to be read back.
+    pub(super) async fn check_rebuilt(self: &Arc<Self>, root: &RootKey) -> Result<(), Rebuilding> {
+        if self.is_rebuilt(root) {
+            return Ok(());
+        }
+        let _opened = tokio::time::timeout(WAIT, self.open_stream(root)).await;
+        if self.is_rebuilt(root) { Ok(()) } else { Err(Rebuilding(root.clone())) }
+    }
+
+    /// Reads `root` back. Nothing of it is served before this is done.
+    pub(super) async fn rebuild(
+        self: &Arc<Self>,
+        root: &RootKey,
+        store: &dyn ObjectStore,
+        own_disk: bool,
+    ) -> Result<(), BeginError> {
+        if own_disk {
+            tracing::warn!(storage = %root, "this storage lay on the disk that was lost; its rows are gone");
+            return Ok(self.note_rebuilt(root)?);
+        }
+        // Before the first fence: the next start must know us by it.
+        self.shippers.note(root, &self.shippers.incarnation, 1)?;
+        let source = self.end_all(store).await?;
+        let mut views: HashMap<InstanceId, View> = HashMap::new();
+        let mut last_us = 0;
+        let mut replay = source.replay(store);
+        while let Some((at_us, round)) = replay.next().await? {
+            last_us = last_us.max(at_us);
+            round.edits.iter().for_each(|edit| bring(&mut views, edit));
+        }
+        let instances = views.len();
+        self.adopt(views).await?;
+        crash::point("rebuild.adopted");
+        let mut rows = 0;
+        let mut replay = source.replay(store);
+        while let Some((_, round)) = replay.next().await? {
+            for block in round.rows {
+                rows += self.restore(block).await?;
+            }
+            crash::point("rebuild.restored");
+        }
+        self.note_rebuilt(root)?;
+        self.metrics.rows_rebuilt.inc_by(rows);
+        tracing::warn!(
+            storage = %root,
+            instances,
+            unflushed_rows = rows,
+            last_commit_us = last_us,
+            seconds_ago = now_us().saturating_sub(last_us) / 1_000_000,
+            "read a storage back after the loss of a volume; rows that were acknowledged after its last commit, by tables \
+             with durability `local`, are lost"
+        );
+        Ok(())
+    }
+
+    fn note_rebuilt(&self, root: &RootKey) -> Result<(), ReadError> {
+        let mut left = self.rebuild.left.lock();
+        let Left::Roots(roots) = &*left else { return Ok(()) };
+        let roots: BTreeSet<RootKey> = roots.iter().filter(|other| *other != root).cloned().collect();
+        let next = if roots.is_empty() { Left::Nothing } else { Left::Roots(roots) };
+        self.rebuild.set(&mut left, next)
+    }
+
+    /// Ends the streams of all former processes, and tells what has to be replayed: from the newest checkpoint on.
+    async fn end_all(&self, store: &dyn ObjectStore) -> Result<Source, BeginError> {
+        let own = self.shippers.incarnation.as_str();
+        let mut source = Source { checkpoint: None, streams: Vec::new() };
+        for incarnation in stream::incarnations(store).await?.into_iter().filter(|name| name != own) {
+            if incarnation.as_str() > own {
+                return Err(format!("the clock is behind that of process `{incarnation}`, which came before").into());
+            }
+            let last = stream::last(store, &incarnation).await?.unwrap_or(1);
+            let fence = stream::fence(store, &incarnation, last, own).await?;
+            let mut from = 1;
+            if let Some(checkpoint) = checkpoint::newest(store, &incarnation).await? {
+                from = checkpoint.seq;
+                // It holds all that came before.
+                source = Source { checkpoint: Some(checkpoint), streams: Vec::new() };
+            }
+            source.streams.push((incarnation, from, fence.seq));
+        }
+        Ok(source)
+    }
+
+    async fn adopt(self: &Arc<Self>, views: HashMap<InstanceId, View>) -> Result<(), BeginError> {
+        let mut views = views.into_iter();
+        loop {
+            let some: Vec<(InstanceId, View)> = views.by_ref().take(ADOPT_MAX).collect();
+            if some.is_empty() {
+                return Ok(());
+            }
+            let engine = Arc::clone(self);
+            tokio::task::spawn_blocking(move || engine.adopt_some(some)).await??;
+        }
+    }
+
+    fn adopt_some(&self, views: Vec<(InstanceId, View)>) -> Result<(), BeginError> {
+        let adopted: Vec<Adopted> = views
+            .iter()
+            .map(|(instance, View { flushed, manifest })| Adopted {
+                instance: instance.clone(),
+                flushed: *flushed,
+                last_seq: manifest.last_seq,
+                manifest: manifest.encode(),
+            })
+            .collect();
+        self.buffer.adopt(&adopted)?;
+        for (id, view) in views {
+            let instance = self.instances.get(&id)?;
+            let mut current = instance.current.write();
+            current.view = Arc::new(view);
+            current.located.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Applies an edit that may be applied already: a checkpoint may hold more than its number says.
+fn bring(views: &mut HashMap<InstanceId, View>, edit: &Edit) {
+    let view = views
+        .entry(edit.instance.clone())
+        .or_insert_with(|| View { flushed: Generation(0), manifest: Manifest::default() });
+    if !is_published(view, edit) {
+        view.manifest = manifest::apply(&view.manifest, edit);
+        view.flushed = view.flushed.max(edit.generation);
+    }
+}
+
+impl Source {
+    fn replay<'a>(&'a self, store: &'a dyn ObjectStore) -> Replay<'a> {
+        Replay { source: self, store, part: 0, stream: 0, seq: None }
+    }
+}
+
+/// Goes through a [`Source`], oldest first.
+struct Replay<'a> {
+    source: &'a Source,
+    store: &'a dyn ObjectStore,
+    part: u32,
+    stream: usize,
+    seq: Option<u64>,
+}
+
+impl Replay<'_> {
+    /// The next round, and when it was written; 0 if it is a part of a checkpoint.
+    async fn next(&mut self) -> Result<Option<(i64, Round)>, BeginError> {
+        if let Some(checkpoint) = self.source.checkpoint.as_ref().filter(|checkpoint| self.part < checkpoint.parts()) {
+            self.part += 1;
+            return Ok(Some((0, checkpoint.part(self.store, self.part - 1).await?)));
+        }
+        while let Some((incarnation, from, fence)) = self.source.streams.get(self.stream) {
+            let seq = self.seq.unwrap_or(*from);
+            if seq < *fence {
+                self.seq = Some(seq + 1);
+                let (header, round) = stream::round(self.store, incarnation, seq).await?;
+                return Ok(Some((header.at_us, round)));
+            }
+            (self.stream, self.seq) = (self.stream + 1, None);
+        }
+        Ok(None)
+    }
+}

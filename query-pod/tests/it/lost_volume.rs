@@ -1,0 +1,431 @@
+//! The commit stream as durability: what a storage has comes back on an empty disk, and nothing else is ever shown.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use futures::TryStreamExt as _;
+use kalamdb_model::{Owner, TableEntry};
+use kalamdb_query_pod::engine::{Disowned, Engine, ReadError, WriteError};
+use kalamdb_table_store::paths;
+use kalamdb_table_store::stream::{self, Body};
+use kalamdb_test_support::fault_store::{Fault, Rates};
+use kalamdb_test_support::pod::{Home, MANIFESTS, eventually};
+use object_store::ObjectStore;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::json;
+
+use crate::BINARY;
+use crate::world::{PATIENCE, World, contents, insert, message, user};
+
+/// [`MANIFESTS`] with a storage that is not on the pod's own disk.
+fn remote() -> String {
+    MANIFESTS.replace("path: ./files", "path: /remote")
+}
+
+fn stored_first() -> String {
+    remote().replace("flushPolicy", "durability: objectStore\n  flushPolicy")
+}
+
+const USERS: [&str; 3] = ["alice", "bob", "é/🙂"];
+
+type Model = Vec<BTreeMap<i64, String>>;
+
+/// A few statements of each user; what was acknowledged is in `model`.
+async fn work(
+    random: &mut StdRng,
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    model: &mut Model,
+) -> anyhow::Result<()> {
+    for (name, rows) in USERS.iter().zip(model) {
+        let owner = user(name)?;
+        for _ in 0..random.random_range(1..6) {
+            let ids: std::collections::BTreeSet<i64> =
+                (0..random.random_range(1..5)).map(|_| random.random_range(0..30)).collect();
+            let (mut put, mut delete, mut after) = (Vec::new(), Vec::new(), rows.clone());
+            for id in ids {
+                match rows.get(&id) {
+                    Some(body) if random.random_bool(0.4) => {
+                        delete.push(message(table, id, body));
+                        after.remove(&id);
+                    }
+                    _ => {
+                        let body = format!("{name} {id} {}", random.random::<u32>());
+                        put.push(message(table, id, &body));
+                        after.insert(id, body);
+                    }
+                }
+            }
+            // A look-up over a failing store may fail the statement; then it has not happened.
+            if let Ok(writing) = engine.write(table, &owner).await
+                && writing.commit(put, delete).await.is_ok()
+            {
+                *rows = after;
+            }
+        }
+        if random.random_bool(0.5) {
+            let id = Engine::instance_id(table, &owner);
+            let _ = tokio::time::timeout(Duration::from_secs(3), engine.flush(&id)).await;
+        }
+        if random.random_bool(0.2) {
+            let _ = tokio::time::timeout(Duration::from_secs(3), engine.compact_matching(|_| true)).await;
+        }
+    }
+    Ok(())
+}
+
+async fn agrees(
+    what: &str,
+    world: &World,
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    model: &Model,
+) -> anyhow::Result<()> {
+    for (name, rows) in USERS.iter().zip(model) {
+        let mut found = contents(world, engine, table, &user(name)?).await;
+        // A read over a failing store may fail; it is never short.
+        for _ in 0..50 {
+            if found.is_ok() {
+                break;
+            }
+            found = contents(world, engine, table, &user(name)?).await;
+        }
+        let found = found?;
+        ensure!(found == *rows, "{what}: {name} sees {found:?}, expected {rows:?}");
+    }
+    Ok(())
+}
+
+async fn shipped(engine: &Arc<Engine>) -> anyhow::Result<()> {
+    eventually("all rows are in the stream", async || Ok(engine.unshipped_bytes() == 0)).await
+}
+
+/// Volumes are lost and processes restarted in turns, over a store that fails in between.
+async fn lose_volumes(manifests: &str, rates: Rates, seed: u64) -> anyhow::Result<()> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut world = World::new(seed, rates)?;
+    let mut model: Model = vec![BTreeMap::new(); USERS.len()];
+    for turn in 0..6 {
+        let what = format!("seed {seed}, turn {turn}");
+        let (engine, table) = world.open_with(manifests)?;
+        agrees(&format!("{what}, at the start"), &world, &engine, &table, &model).await?;
+        for _ in 0..random.random_range(1..4) {
+            work(&mut random, &engine, &table, &mut model).await?;
+            agrees(&what, &world, &engine, &table, &model).await?;
+        }
+        let lost = random.random_bool(0.6);
+        if lost {
+            shipped(&engine).await?;
+        }
+        engine.close(Duration::from_millis(if lost { 8_000 } else { 50 })).await;
+        drop(engine);
+        if lost { world.lose_volume()? } else { world.keep_volume() }
+    }
+    Ok(())
+}
+
+fn seed() -> u64 {
+    let seed = std::env::var("KALAMDB_SEED").ok().map_or(20_261_121, |text| text.parse().unwrap());
+    println!("seed {seed} (set KALAMDB_SEED to repeat another)");
+    seed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_shipped_comes_back_on_an_empty_disk() -> anyhow::Result<()> {
+    for seed in seed()..seed() + 3 {
+        lose_volumes(&remote(), Rates::default(), seed).await?;
+        lose_volumes(&stored_first(), Rates::default(), seed).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_comes_back_over_a_store_that_fails_before_and_after_success() -> anyhow::Result<()> {
+    let rates = Rates { before: 0.1, after: 0.1, other: 0.05 };
+    lose_volumes(&remote(), rates, seed()).await?;
+    lose_volumes(&stored_first(), rates, seed() + 1).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_stored_first_are_visible_and_acknowledged_only_then() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&stored_first())?;
+    let owner = user("alice")?;
+    insert(&engine, &table, &owner, 1).await?;
+    let puts = world.faults.puts();
+    world.faults.set_down(true);
+    let waiting = tokio::spawn({
+        let (engine, table, owner) = (Arc::clone(&engine), Arc::clone(&table), owner.clone());
+        async move { insert(&engine, &table, &owner, 2).await }
+    });
+    eventually("the store was asked", async || Ok(world.faults.puts() > puts + 1)).await?;
+    ensure!(!waiting.is_finished(), "a row was acknowledged that is not stored");
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1, "a row is visible that is not stored");
+    world.faults.set_down(false);
+    waiting.await??;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 2);
+    // The volume is lost at this very moment: the old process still runs.
+    world.lose_volume()?;
+    let (successor, table) = world.open_with(&stored_first())?;
+    ensure!(contents(&world, &successor, &table, &owner).await?.len() == 2, "an acknowledged row is gone");
+    ensure!(insert(&engine, &table, &owner, 3).await.is_err(), "a process that was succeeded acknowledged a row");
+    ensure!(engine.disowned() == Some(&Disowned::Fenced));
+    ensure!(contents(&world, &successor, &table, &owner).await?.len() == 2);
+    engine.close(Duration::from_secs(5)).await;
+    successor.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storage_that_is_not_read_back_yet_answers_with_an_error_and_never_short() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&remote())?;
+    let owner = user("alice")?;
+    insert(&engine, &table, &owner, 1).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    world.lose_volume()?;
+    world.faults.set_down(true);
+    let (engine, table) = world.open_with(&remote())?;
+    ensure!(matches!(engine.read(&table, &owner, vec![0], None).await, Err(ReadError::Rebuilding(_))));
+    ensure!(matches!(engine.write(&table, &owner).await.map(drop), Err(WriteError::Rebuilding(_))));
+    // A restart in between knows as well.
+    engine.close(Duration::from_secs(1)).await;
+    drop(engine);
+    world.keep_volume();
+    let (engine, table) = world.open_with(&remote())?;
+    engine.open_known_streams(Duration::from_millis(1)).await?;
+    ensure!(matches!(engine.read(&table, &owner, vec![0], None).await, Err(ReadError::Rebuilding(_))));
+    world.faults.set_down(false);
+    eventually("the storage is read back", async || Ok(engine.read(&table, &owner, vec![0], None).await.is_ok())).await?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_the_folder_that_lacks_shipped_rows_is_refused() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&remote())?;
+    let owner = user("alice")?;
+    insert(&engine, &table, &owner, 1).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    let copy = tempfile::tempdir()?;
+    let from = world.dir.path().to_string_lossy().into_owned() + "/.";
+    ensure!(std::process::Command::new("cp").args(["-a", &from]).arg(copy.path()).status()?.success());
+    let (engine, table) = world.open_with(&remote())?;
+    insert(&engine, &table, &owner, 2).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    world.dir = copy;
+    let (engine, table) = world.open_with(&remote())?;
+    engine.open_known_streams(PATIENCE).await?;
+    ensure!(matches!(engine.disowned(), Some(Disowned::OlderCopy { .. })), "{:?}", engine.disowned());
+    ensure!(engine.read(&table, &owner, vec![0], None).await.is_err(), "a row is missing, and nobody says so");
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// Paths below `prefix`.
+async fn listed(store: &dyn ObjectStore, prefix: &str) -> anyhow::Result<Vec<String>> {
+    let prefix = object_store::path::Path::from(prefix);
+    Ok(store.list(Some(&prefix)).map_ok(|meta| meta.location.to_string()).try_collect().await?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_takes_the_place_of_all_that_came_before() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    for start in 0..4 {
+        let (engine, table) = world.open_with(&remote())?;
+        for id in 0..5 {
+            insert(&engine, &table, &owner, start * 10 + id).await?;
+            shipped(&engine).await?;
+        }
+        engine.flush(&Engine::instance_id(&table, &owner)).await?;
+        engine.close(Duration::from_secs(8)).await;
+        drop(engine);
+    }
+    let (engine, table) = world.open_with(&remote())?;
+    insert(&engine, &table, &owner, 99).await?;
+    let former = async || {
+        let mut left = Vec::new();
+        let incarnations = stream::incarnations(world.truth.as_ref()).await?;
+        for incarnation in &incarnations[..incarnations.len() - 1] {
+            left.extend(listed(world.truth.as_ref(), paths::stream_prefix(incarnation).as_ref()).await?);
+        }
+        Ok((incarnations.len(), left))
+    };
+    eventually("only fences are left of former streams", async || {
+        let (count, left) = former().await?;
+        Ok(count == 5 && left.len() == 4)
+    })
+    .await?;
+    for path in former().await?.1 {
+        let (incarnation, seq) = path.rsplit_once('/').context("a path")?;
+        let incarnation = incarnation.rsplit('/').next().context("a stream")?;
+        let seq: u64 = seq.trim_end_matches(".log").parse()?;
+        let object = stream::read(world.truth.as_ref(), incarnation, seq).await?.context("the fence")?;
+        ensure!(matches!(object.body, Body::Fence { .. }), "{path}");
+    }
+    eventually("one checkpoint is left", async || {
+        Ok(listed(world.truth.as_ref(), "_cluster/checkpoint").await?.len() == 2)
+    })
+    .await?;
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_that_fails_is_written_again_and_nothing_is_deleted_for_half_of_one() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open_with(&remote())?;
+    insert(&engine, &table, &owner, 1).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    // The fence passes, the part does not.
+    world.faults.script([None, Some(Fault::Garbled)]);
+    let (engine, _) = world.open_with(&remote())?;
+    engine.open_known_streams(PATIENCE).await?;
+    eventually("a checkpoint is complete", async || {
+        let listed = listed(world.truth.as_ref(), "_cluster/checkpoint").await?;
+        Ok(listed.iter().any(|path| paths::checkpoint_name(&object_store::path::Path::from(path.as_str())).is_some()))
+    })
+    .await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    world.lose_volume()?;
+    let (engine, table) = world.open_with(&remote())?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_on_the_pods_own_disk_carries_no_rows_and_does_not_grow_for_ever() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open()?;
+    for id in 0..230 {
+        insert(&engine, &table, &owner, id).await?;
+        engine.flush(&Engine::instance_id(&table, &owner)).await?;
+    }
+    eventually("old objects are gone", async || {
+        Ok(listed(world.truth.as_ref(), "_cluster/stream").await?.len() <= 130)
+    })
+    .await?;
+    ensure!(listed(world.truth.as_ref(), "_cluster/checkpoint").await?.is_empty());
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    let (engine, table) = world.open()?;
+    engine.open_known_streams(PATIENCE).await?;
+    ensure!(engine.disowned().is_none());
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 230);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_object_of_a_storage_holds_a_value_of_a_user_whose_data_lies_in_another() -> anyhow::Result<()> {
+    let (here, there) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let storage = |name: &str, path: &std::path::Path| {
+        format!(
+            "---\napiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: {name}}}\nspec:\n  type: Filesystem\n  \
+             filesystem: {{path: {}}}\n  userTablesTemplate: users/{{userId}}/{{namespace}}/{{tableName}}\n  \
+             sharedTablesTemplate: shared/{{namespace}}/{{tableName}}\n",
+            path.display()
+        )
+    };
+    let table = |name: &str, storage: &str, durability: &str| {
+        format!(
+            "---\napiVersion: kalamdb.org/v1alpha1\nkind: UserTable\nmetadata: {{name: app.{name}}}\nspec:\n  namespaceRef: app\n  \
+             tableName: {name}\n  storageRef: {storage}\n  durability: {durability}\n  columns:\n    \
+             - {{name: id, type: BIGINT, primaryKey: true}}\n    - {{name: body, type: TEXT}}\n  \
+             flushPolicy: {{rows: 100000, interval: 24h}}\n"
+        )
+    };
+    let namespace = "---\napiVersion: kalamdb.org/v1alpha1\nkind: Namespace\nmetadata: {name: app}\nspec: {defaultStorage: here}\n";
+    let manifests = [
+        storage("here", here.path()),
+        storage("there", there.path()),
+        namespace.to_owned(),
+        table("near", "here", "local"),
+        table("near_first", "here", "objectStore"),
+        table("far", "there", "local"),
+    ];
+    let home = Home::new(BINARY, &manifests.concat())?;
+    let mut pod = home.start().await?;
+    for (table, canary) in [("near", "canary-near"), ("near_first", "canary-near"), ("far", "canary-far")] {
+        for (at, user) in ["alice", "bob"].into_iter().enumerate() {
+            let insert = format!("INSERT INTO app.{table} VALUES ($1, $2)");
+            pod.run(user, &insert, json!([at, format!("{canary}-{user}")])).await?;
+        }
+        pod.run("bob", &format!("STORAGE FLUSH TABLE app.{table}"), json!([])).await?;
+    }
+    let unshipped = async || Ok(pod.get("/metrics").await?.1.contains("kalamdb_unshipped_bytes 0\n"));
+    eventually("all rows are shipped", unshipped).await?;
+    pod.stop().await?;
+    // With the rows of a checkpoint, too.
+    let pod = home.start().await?;
+    pod.run("alice", "INSERT INTO app.far VALUES (9, 'canary-far-alice')", json!([])).await?;
+    eventually("all rows are shipped", async || Ok(pod.get("/metrics").await?.1.contains("kalamdb_checkpoints_total 2\n"))).await?;
+    let holds = |root: &std::path::Path, text: &str| {
+        let found = std::process::Command::new("grep").args(["-rlaF", text]).arg(root).output()?;
+        anyhow::Ok(String::from_utf8(found.stdout)?.lines().map(str::to_owned).collect::<Vec<_>>())
+    };
+    ensure!(!holds(here.path(), "canary-near-alice")?.is_empty(), "unflushed rows are not in the stream of their storage");
+    ensure!(!holds(there.path(), "canary-far-alice")?.is_empty());
+    ensure!(holds(here.path(), "canary-far")?.is_empty() && holds(there.path(), "canary-near")?.is_empty());
+    // A flushed file is compressed, and lies below its user's prefix; everything else is the cluster's.
+    for path in holds(here.path(), "canary-near-bob")? {
+        ensure!(path.contains("/users/bob/") || path.contains("/_cluster/"), "{path}");
+    }
+    Ok(())
+}
+
+fn owner_of(name: &str) -> anyhow::Result<Owner> {
+    user(name)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_wait_for_a_storage_stay_bounded_and_all_of_them_arrive() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&remote())?;
+    let owners: Vec<Owner> = ["a", "b", "c"].into_iter().map(owner_of).collect::<Result<_, _>>()?;
+    insert(&engine, &table, &owners[0], 0).await?;
+    shipped(&engine).await?;
+    world.faults.set_down(true);
+    let body = "x".repeat(1 << 20);
+    for owner in &owners {
+        for id in 1..30 {
+            engine.write(&table, owner).await?.insert(vec![message(&table, id, &body)]).await?;
+        }
+    }
+    ensure!(engine.unshipped_bytes() <= 64 << 20, "{} bytes wait", engine.unshipped_bytes());
+    world.faults.set_down(false);
+    shipped(&engine).await?;
+    eventually("what was left out is in a checkpoint", async || {
+        let listed = listed(world.truth.as_ref(), "_cluster/checkpoint").await?;
+        Ok(listed.len() > 10)
+    })
+    .await?;
+    engine.close(Duration::from_secs(8)).await;
+    drop(engine);
+    world.lose_volume()?;
+    let (engine, table) = world.open_with(&remote())?;
+    for (at, owner) in owners.iter().enumerate() {
+        let found = contents(&world, &engine, &table, owner).await?;
+        ensure!(found.len() == 29 + usize::from(at == 0), "{} rows of user {at}", found.len());
+    }
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! An engine over a store that fails on purpose, without HTTP.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use arrow::array::{AsArray as _, RecordBatch};
+use arrow::datatypes::Int64Type;
+use futures::TryStreamExt as _;
+use kalamdb_model::{OnRemoval, Owner, TableEntry, TableName, UserId, Value, compile, key};
+use kalamdb_query_pod::catalog::CatalogHandle;
+use kalamdb_query_pod::engine::{Engine, EngineLimits, NewRow, RootKey, Secrets, Storages};
+use kalamdb_query_pod::metrics::Metrics;
+use kalamdb_table_store::Positions;
+use kalamdb_test_support::fault_store::{FaultStore, Rates};
+use kalamdb_test_support::pod::MANIFESTS;
+use kalamdb_write_buffer::row;
+use object_store::ObjectStore;
+use object_store::memory::InMemory;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+pub struct World {
+    pub dir: tempfile::TempDir,
+    pub truth: Arc<dyn ObjectStore>,
+    pub faults: FaultStore,
+    /// The folder is new, and its instance is not.
+    lost: bool,
+}
+
+impl World {
+    pub fn new(seed: u64, rates: Rates) -> anyhow::Result<Self> {
+        let truth: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let faults = FaultStore::seeded(Arc::clone(&truth), seed, rates);
+        Ok(Self { dir: tempfile::tempdir()?, truth, faults, lost: false })
+    }
+
+    pub fn open(&self) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
+        self.open_with(MANIFESTS)
+    }
+
+    pub fn open_with(&self, manifests: &str) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
+        let catalog = CatalogHandle::open(self.dir.path())?;
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
+        let (compiled, _) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
+        if !self.lost {
+            catalog.save(&compiled)?;
+            catalog.serve(compiled.clone());
+        }
+        let faults = self.faults.clone();
+        let open = Box::new(move |_: &_, _: Option<&_>, _| Ok(Arc::new(faults.clone()) as Arc<dyn ObjectStore>));
+        let storages = Storages::opened_by(open, Secrets::default());
+        let limits =
+            EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4, garbage_after_secs: 0 };
+        let engine = Engine::open(self.dir.path(), catalog.clone(), storages, limits, Arc::new(Metrics::default()))?;
+        if self.lost {
+            engine.expect_rebuild()?;
+            engine.serve_catalog(compiled)?;
+        }
+        let table = catalog.current().table(&TableName::parse("app.messages")?).context("the table")?.clone();
+        Ok((engine, table))
+    }
+
+    /// From now on there is another, empty folder; the next process is the first that knows.
+    pub fn lose_volume(&mut self) -> anyhow::Result<()> {
+        self.dir = tempfile::tempdir()?;
+        self.lost = true;
+        Ok(())
+    }
+
+    /// A restart: the folder is the one that the last process had.
+    pub fn keep_volume(&mut self) {
+        self.lost = false;
+    }
+
+    /// The one process that has committed so far.
+    pub async fn incarnation(&self) -> anyhow::Result<String> {
+        let objects: Vec<_> = self.truth.list(None).try_collect().await?;
+        let object =
+            objects.iter().map(|meta| meta.location.to_string()).find(|path| path.contains("_cluster/stream/"));
+        Ok(object.context("a commit")?.split('/').nth(2).context("its stream")?.to_owned())
+    }
+}
+
+/// How long the streams of a store that answers may take.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn user(name: &str) -> anyhow::Result<Owner> {
+    Ok(Owner::User(UserId::new(name)?))
+}
+
+pub async fn insert(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner, id: i64) -> anyhow::Result<()> {
+    let values = [Value::BigInt(id), Value::Text(format!("body {id}"))];
+    let row = NewRow { key: key::encode(&values[..1]), value: row::encode(table, &values) };
+    engine.write(table, owner).await?.insert(vec![row]).await?;
+    Ok(())
+}
+
+/// Every id that a reader sees, buffered or in files, with repetitions.
+pub async fn seen(world: &World, engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<Vec<i64>> {
+    let ids = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
+    let rows = engine.read(table, owner, vec![0], None).await?;
+    ensure!(rows.root == RootKey::of(&table.location));
+    let mut all: Vec<i64> = rows.buffered.iter().flat_map(ids).collect();
+    for file in &rows.view.manifest.files {
+        let path = object_store::path::Path::parse(&file.path)?;
+        let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
+        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
+            all.extend(ids(&batch?));
+        }
+    }
+    all.sort_unstable();
+    Ok(all)
+}
+
+/// The rows of `messages` that a reader is shown: no key twice.
+pub async fn contents(
+    world: &World,
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    owner: &Owner,
+) -> anyhow::Result<BTreeMap<i64, String>> {
+    let rows = engine.read(table, owner, vec![0, 1], None).await?;
+    let mut found = BTreeMap::new();
+    let mut add = |batch: &RecordBatch, hidden: &Positions, first: u32| {
+        let (ids, bodies) = (batch.column(0).as_primitive::<Int64Type>(), batch.column(1).as_string::<i32>());
+        for (row, at) in (first..).zip(0..batch.num_rows()) {
+            if !hidden.contains(row) {
+                let before = found.insert(ids.value(at), bodies.value(at).to_owned());
+                ensure!(before.is_none(), "row {} is shown twice", ids.value(at));
+            }
+        }
+        Ok(())
+    };
+    for batch in &rows.buffered {
+        add(batch, &Positions::default(), 0)?;
+    }
+    for file in &rows.view.manifest.files {
+        let replaced = rows.replaced.get(file.path.as_str()).cloned().unwrap_or_default();
+        let hidden = file.hidden().union(&replaced);
+        let path = object_store::path::Path::parse(&file.path)?;
+        let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
+        let mut first = 0;
+        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
+            let batch = batch?;
+            add(&batch, &hidden, first)?;
+            first += u32::try_from(batch.num_rows())?;
+        }
+    }
+    Ok(found)
+}
+
+/// A row of `messages`.
+pub fn message(table: &TableEntry, id: i64, body: &str) -> NewRow {
+    let values = [Value::BigInt(id), Value::Text(body.to_owned())];
+    NewRow { key: key::encode(&values[..1]), value: row::encode(table, &values) }
+}
