@@ -1,8 +1,8 @@
 //! What KalamDB keeps in object storage: where each object lies, how it is written safely, and how it reads back.
 //!
 //! Owns: object paths ([`paths`]), stores and their credentials ([`store`], [`filesystem`]), create-if-absent
-//! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]), manifests ([`manifest`]) and Parquet
-//! files ([`parquet_file`]).
+//! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]), manifests ([`manifest`]), Parquet
+//! files ([`parquet_file`]) and their decoded footers ([`Footers`]).
 //! Does not own: which pod may write (shards and leases are the query pod's), unflushed rows (`write_buffer`), SQL.
 //!
 //! After a crash: every object is created whole or not at all and is never changed afterwards, so each step may run
@@ -13,6 +13,7 @@ mod catalog_delta;
 pub mod catalog_log;
 pub mod create;
 pub mod filesystem;
+mod footers;
 pub mod key_columns;
 pub mod manifest;
 pub mod merge;
@@ -30,7 +31,9 @@ pub mod values;
 pub use catalog_log::CatalogLog;
 pub use create::{Create, CreateError, create_exact};
 pub use filesystem::FilesystemStore;
+pub use footers::{FooterCounts, Footers};
 pub use manifest::{Edit, FileEntry, Manifest};
+pub use parquet_read::{DataFiles, FileReader};
 pub use positions::Positions;
 pub use probe::{ProbeError, ProbeReason, probe};
 pub use store::{Credentials, StoreError, open, open_first, open_home};
