@@ -8,7 +8,9 @@
 //! published is found again in the commit stream before anything new is written to that storage. Where the streams tell
 //! that another process went on from this data, it is not served at all ([`Disowned`]).
 
+mod caches;
 mod compact;
+mod counted;
 mod describe;
 mod flush;
 mod garbage;
@@ -30,7 +32,9 @@ use kalamdb_write_buffer::{Applied, CommitError, Options, WriteBuffer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use caches::{CacheLimits, Caches};
 pub use compact::Compacted;
+pub use counted::Requests;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
 pub use read::{ReadError, Rows};
