@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use kalamdb_model::{Role, UserId};
 
-use crate::engine::EngineLimits;
+use crate::engine::{CacheLimits, EngineLimits};
 use crate::sql::SqlLimits;
 
 /// The KalamDB server.
@@ -88,6 +88,9 @@ pub struct Server {
     /// Limits of the data plane.
     #[command(flatten)]
     pub engine: EngineLimits,
+    /// Limits of what is kept of data files.
+    #[command(flatten)]
+    pub cache: CacheLimits,
 }
 
 /// Flags of `token`.

@@ -1,12 +1,15 @@
 //! What the pod counts. Labels come from closed sets; never a user, a table or a statement.
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
+use parking_lot::Mutex;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use crate::engine::{Caches, Storages};
 use crate::error::Kind;
 
 /// Label of failed statements.
@@ -17,7 +20,7 @@ pub struct Status {
 
 /// All metrics.
 pub struct Metrics {
-    registry: Registry,
+    registry: Mutex<Registry>,
     /// Rows acknowledged.
     pub rows_written: Counter,
     /// Rows moved into files.
@@ -89,7 +92,7 @@ impl Default for Metrics {
         );
         registry.register("statement_failures", "Failed statements by HTTP status", failures.clone());
         Self {
-            registry,
+            registry: Mutex::new(registry),
             rows_written,
             rows_flushed,
             flushes,
@@ -109,6 +112,15 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Shows what `storages` are asked for, and what their caches do.
+    pub fn watch(&self, storages: &Storages) {
+        let mut registry = self.registry.lock();
+        registry.register("storage_requests", "Requests to storages by kind", storages.requests().clone());
+        if let Some(caches) = storages.caches() {
+            registry.register_collector(Box::new(OfCaches(caches.clone())));
+        }
+    }
+
     /// Counts a failed statement.
     pub fn failed(&self, kind: Kind) {
         self.failures.get_or_create(&Status { status: kind.status().as_u16() }).inc();
@@ -119,7 +131,35 @@ impl Metrics {
     pub fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String cannot fail.
-        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock());
         text
     }
+}
+
+/// The caches count for themselves; this says how the numbers are called.
+#[derive(Debug)]
+struct OfCaches(Caches);
+
+impl Collector for OfCaches {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        let mut put = |name: &str, help: &str, metric: &dyn EncodeMetric| {
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        let (chunks, footers) = self.0.counts();
+        if let Some(chunks) = chunks {
+            let dropped = "Parts of data files that did not get to the disk, because too many came at once";
+            put("cache_hits", "Parts of data files that were in the cache", &ConstCounter::new(chunks.hits))?;
+            put("cache_misses", "Parts of data files that were not in the cache", &ConstCounter::new(chunks.misses))?;
+            put("cache_dropped", dropped, &ConstCounter::new(chunks.dropped))?;
+            put("cache_memory_bytes", "Memory that parts of data files take", &gauge(chunks.memory_bytes))?;
+            put("cache_disk_bytes_max", "Disk that parts of data files may take", &gauge(chunks.disk_bytes))?;
+        }
+        put("footer_hits", "Footers of data files that were in memory", &ConstCounter::new(footers.hits))?;
+        put("footer_misses", "Footers of data files that were read", &ConstCounter::new(footers.misses))?;
+        put("footer_bytes", "Memory that footers of data files take", &gauge(footers.bytes))
+    }
+}
+
+fn gauge(value: u64) -> ConstGauge<i64> {
+    ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
 }

@@ -12,7 +12,7 @@ use crate::args::Server;
 use crate::auth::Tokens;
 use crate::catalog::CatalogHandle;
 use crate::connections;
-use crate::engine::{Engine, Secrets, Storages};
+use crate::engine::{Caches, Engine, Secrets, Storages};
 use crate::http::{self, Api};
 use crate::metrics::Metrics;
 use crate::shares::Shares;
@@ -20,6 +20,9 @@ use crate::sql::Sql;
 
 /// How long a start waits for storages to tell whether this data folder is the newest one.
 const STREAMS_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a stop waits for bytes on their way to the cache's disk; they are in the storage, too.
+const CACHES_GRACE: Duration = Duration::from_secs(2);
 
 /// The parts of a server that is open and not yet serving.
 pub struct Parts {
@@ -54,12 +57,14 @@ impl Parts {
 }
 
 /// Serves until SIGTERM or SIGINT, then finishes what is under way. Shutdown order: not ready, no new requests, requests
-/// finish, flushes finish, the write buffer closes.
+/// finish, flushes finish, the write buffer closes, the caches close.
 ///
 /// # Errors
 /// If the address cannot be used.
 pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Result<()> {
     let Parts { metrics, engine, ready, .. } = parts;
+    engine.storages().set_caches(Caches::open(&server.data_dir, &server.cache).await);
+    metrics.watch(engine.storages());
     // Before anybody is answered: the storages may know that the data folder is not what it was.
     engine.open_known_streams(STREAMS_WAIT).await?;
     let sql = Sql::new(Arc::clone(&engine), server.sql.clone(), Arc::clone(&metrics))?;
@@ -88,6 +93,9 @@ pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Res
         tracing::warn!("stopping although requests are still under way");
     }
     engine.close(grace).await;
+    if let Some(caches) = engine.storages().caches() {
+        caches.close(CACHES_GRACE).await;
+    }
     tracing::info!("stopped");
     Ok(())
 }

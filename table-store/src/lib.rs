@@ -2,7 +2,7 @@
 //!
 //! Owns: object paths ([`paths`]), stores and their credentials ([`store`], [`filesystem`]), create-if-absent
 //! ([`create`]), the catalog log ([`catalog_log`]), the commit stream ([`stream`]) and its checkpoints ([`checkpoint`]),
-//! manifests ([`manifest`]) and Parquet files ([`parquet_file`]).
+//! manifests ([`manifest`]), Parquet files ([`parquet_file`]) and their decoded footers ([`Footers`]).
 //! Does not own: which pod may write (shards and leases are the query pod's), unflushed rows (`write_buffer`), SQL.
 //!
 //! After a crash: every object is created whole or not at all and is never changed afterwards, so each step may run
@@ -14,6 +14,7 @@ pub mod catalog_log;
 pub mod checkpoint;
 pub mod create;
 pub mod filesystem;
+mod footers;
 pub mod key_columns;
 pub mod manifest;
 pub mod merge;
@@ -31,7 +32,9 @@ pub mod values;
 pub use catalog_log::CatalogLog;
 pub use create::{Create, CreateError, create_exact};
 pub use filesystem::FilesystemStore;
+pub use footers::{FooterCounts, Footers};
 pub use manifest::{Edit, FileEntry, Manifest};
+pub use parquet_read::{DataFiles, FileReader};
 pub use positions::Positions;
 pub use probe::{ProbeError, ProbeReason, probe};
 pub use store::{Credentials, StoreError, open, open_first, open_home};

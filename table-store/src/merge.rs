@@ -15,11 +15,10 @@ use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, UInt32Array,
 use arrow_schema::ArrowError;
 use futures::{Stream, TryStreamExt};
 use kalamdb_model::catalog::TableEntry;
-use object_store::ObjectStore;
 
 use crate::key_columns::{KeyColumns, KeyError, position};
 use crate::manifest::FileEntry;
-use crate::parquet_read::{self, ReadError};
+use crate::parquet_read::{self, DataFiles, ReadError};
 use crate::values;
 
 /// Rows of a batch that a merge gives.
@@ -87,14 +86,14 @@ impl<'a> Merge<'a> {
     /// # Errors
     /// If a file cannot be read.
     pub async fn begin(
-        store: &Arc<dyn ObjectStore>,
+        from: &DataFiles,
         table: &'a TableEntry,
         files: &[FileEntry],
         deleted_until_us: Option<i64>,
     ) -> Result<Self, MergeError> {
         let mut merge = Self { table, deleted_until_us, sources: Vec::new(), heap: BinaryHeap::new(), last: None };
         for file in files {
-            let batches = parquet_read::read_all_but(store, file, &file.replaced).await?;
+            let batches = parquet_read::read_all_but(from, file, &file.replaced).await?;
             let empty = RecordBatch::new_empty(table.arrow_schema());
             let path = file.path.clone();
             merge.sources.push(Source { path, batches, batch: empty, row_bytes: 0, keys: Vec::new(), next: 0 });

@@ -24,7 +24,7 @@ use parquet::arrow::{ArrowSchemaConverter, ArrowWriter};
 use parquet::basic::{Compression, Encoding, Type as PhysicalType, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{KeyValue, SortingColumn};
-use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
+use parquet::file::properties::{BloomFilterPosition, EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::SchemaDescriptor;
 
 pub use crate::key_columns::{KeyColumns, KeyError, key_of};
@@ -231,6 +231,8 @@ fn properties(
         .set_data_page_row_count_limit(PAGE_ROWS)
         .set_write_batch_size(PAGE_ROWS)
         .set_statistics_enabled(EnabledStatistics::Page)
+        // Before the page index, so that one request for the end of the file brings them, too.
+        .set_bloom_filter_position(BloomFilterPosition::End)
         .set_key_value_metadata(Some(
             metadata.map(|(key, value)| KeyValue::new(key.to_owned(), value.to_string())).to_vec(),
         ));

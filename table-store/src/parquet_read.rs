@@ -17,26 +17,50 @@ use futures::{FutureExt, Stream, StreamExt, TryFutureExt, TryStreamExt};
 use kalamdb_model::catalog::{Column, TableEntry};
 use kalamdb_model::key;
 use kalamdb_model::value::Value;
+use object_store::ObjectStore;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::arrow_reader::statistics::StatisticsConverter;
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 
+use crate::footers::{Footers, Key};
 use crate::key_columns::{KeyColumns, KeyError, position, value};
 use crate::manifest::FileEntry;
 use crate::positions::Positions;
 use crate::values::{self, ValueError};
 
-/// Read from the end of a file at once: footer and page index of most files, and all of a small one.
-const FOOTER_BYTES: u64 = 64 << 10;
+/// Read from the end of a file at once: footer and page index of a million rows, and all of a small file. The cache has
+/// chunks of that size.
+const FOOTER_BYTES: u64 = 512 << 10;
 /// Rows decoded at once.
 const BATCH_ROWS: usize = 8_192;
 /// Bytes decoded at once, about, where whole files are read.
 pub(crate) const BATCH_BYTES: usize = 32 << 20;
+
+/// The data files of one storage root: where their bytes come from, and their decoded footers.
+#[derive(Clone, Debug)]
+pub struct DataFiles {
+    store: Arc<dyn ObjectStore>,
+    root: Arc<str>,
+    footers: Footers,
+}
+
+impl DataFiles {
+    /// `root` names the store: no two that share `footers` may have one name.
+    #[must_use]
+    pub const fn new(store: Arc<dyn ObjectStore>, root: Arc<str>, footers: Footers) -> Self {
+        Self { store, root, footers }
+    }
+
+    /// Reads the file at `path`, which has `size` bytes.
+    #[must_use]
+    pub fn reader(&self, path: Path, size: u64) -> FileReader {
+        FileReader { files: self.clone(), path, size }
+    }
+}
 
 /// Why keys could not be looked up.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +133,7 @@ pub enum ReadError {
 /// # Errors
 /// If the file cannot be read whole.
 pub async fn locate_keys(
-    store: &Arc<dyn ObjectStore>,
+    files: &DataFiles,
     file: &FileEntry,
     table: &TableEntry,
     keys: &BTreeSet<Vec<u8>>,
@@ -121,7 +145,7 @@ pub async fn locate_keys(
     }
     let failed = |source| ReadError::File { path: file.path.clone(), source };
     let wrong = |source| ReadError::Key { path: file.path.clone(), source };
-    let builder = open(store, file).await?;
+    let builder = open(files, file).await?;
     let groups = groups_with(&builder, table, &missing).map_err(failed)?;
     let mut positions = rows_of(&builder, &groups);
     let roots = table.key.iter().filter_map(|id| position(builder.schema(), *id, table.column(*id)?.name.as_str()));
@@ -149,13 +173,13 @@ pub async fn locate_keys(
 /// # Errors
 /// If the file cannot be read, or does not have all of them.
 pub async fn read_rows(
-    store: &Arc<dyn ObjectStore>,
+    files: &DataFiles,
     file: &FileEntry,
     table: &TableEntry,
     positions: &Positions,
 ) -> Result<Vec<Vec<Value>>, ReadError> {
     let failed = |source| ReadError::File { path: file.path.clone(), source };
-    let builder = open(store, file).await?;
+    let builder = open(files, file).await?;
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let wanted = table.columns.iter();
     let roots: Vec<usize> =
@@ -180,13 +204,13 @@ pub async fn read_rows(
 /// # Errors
 /// If the file cannot be read; the stream ends at the first error.
 pub(crate) async fn read_all_but(
-    store: &Arc<dyn ObjectStore>,
+    files: &DataFiles,
     file: &FileEntry,
     without: &Positions,
 ) -> Result<Pin<Box<dyn Stream<Item = Result<RecordBatch, ReadError>> + Send>>, ReadError> {
     let path = file.path.clone();
     let failed = move |source| ReadError::File { path: path.clone(), source };
-    let builder = open(store, file).await?;
+    let builder = open(files, file).await?;
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let selection = without.all_but(rows);
     // Rows may have megabytes: then few at once.
@@ -209,13 +233,9 @@ fn rows_of(
     ranges.into_iter().flat_map(|(first, count)| first..first.saturating_add(count))
 }
 
-async fn open(
-    store: &Arc<dyn ObjectStore>,
-    file: &FileEntry,
-) -> Result<ParquetRecordBatchStreamBuilder<FileReader>, ReadError> {
+async fn open(files: &DataFiles, file: &FileEntry) -> Result<ParquetRecordBatchStreamBuilder<FileReader>, ReadError> {
     let path = Path::parse(&file.path).map_err(|source| ReadError::Path { path: file.path.clone(), source })?;
-    let reader = FileReader { store: Arc::clone(store), path, size: file.bytes };
-    let builder = ParquetRecordBatchStreamBuilder::new(reader)
+    let builder = ParquetRecordBatchStreamBuilder::new(files.reader(path, file.bytes))
         .await
         .map_err(|source| ReadError::File { path: file.path.clone(), source })?;
     let rows = builder.metadata().file_metadata().num_rows();
@@ -257,38 +277,50 @@ fn bound(column: &Column, values: &ArrayRef, group: usize) -> Option<Vec<u8>> {
     value(column, values, group).ok().map(|value| key::encode(&[value]))
 }
 
-/// Reads ranges of one object whose size is known.
+/// Reads ranges of one data file whose size is known, and its footer.
 #[derive(Debug, Clone)]
-struct FileReader {
-    store: Arc<dyn ObjectStore>,
+pub struct FileReader {
+    files: DataFiles,
     path: Path,
     size: u64,
 }
 
 impl AsyncFileReader for FileReader {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
-        let length = range.end - range.start;
-        async move { whole(self.store.get_range(&self.path, range).await.map_err(external)?, length) }.boxed()
+        async move {
+            let found = self.get_byte_ranges(vec![range]).await?;
+            found.into_iter().next().ok_or_else(|| ParquetError::EOF("the store gave no bytes".to_owned()))
+        }
+        .boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
         async move {
-            let found = self.store.get_ranges(&self.path, &ranges).map_err(external).await?;
+            let found = self.files.store.get_ranges(&self.path, &ranges).map_err(external).await?;
             let lengths = ranges.iter().map(|range| range.end - range.start);
             found.into_iter().zip(lengths).map(|(bytes, length)| whole(bytes, length)).collect()
         }
         .boxed()
     }
 
+    /// With the page index, whatever the options: footers are shared between readers of different options.
     fn get_metadata<'a>(
         &'a mut self,
-        options: Option<&'a ArrowReaderOptions>,
+        _: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
         async move {
+            let key = Key { root: Arc::clone(&self.files.root), path: self.path.clone(), size: self.size };
+            if let Some(footer) = self.files.footers.get(&key) {
+                return Ok(footer);
+            }
             let size = self.size;
             let hint = usize::try_from(size.min(FOOTER_BYTES)).unwrap_or(0);
-            let reader = ParquetMetaDataReader::new().with_prefetch_hint(Some(hint)).with_arrow_reader_options(options);
-            Ok(Arc::new(reader.load_and_finish(self, size).await?))
+            let reader = ParquetMetaDataReader::new()
+                .with_prefetch_hint(Some(hint))
+                .with_page_index_policy(PageIndexPolicy::Optional);
+            let footer = Arc::new(reader.load_and_finish(&mut *self, size).await?);
+            self.files.footers.keep(key, &footer);
+            Ok(footer)
         }
         .boxed()
     }

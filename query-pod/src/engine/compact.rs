@@ -239,7 +239,7 @@ impl Engine {
         files: &[FileEntry],
         deleted_until_us: Option<i64>,
     ) -> Result<Option<Encoded>, FlushError> {
-        let store = self.storages.store(&self.catalog.current(), root)?;
+        let from = self.storages.files(&self.catalog.current(), root)?;
         let prefix = paths::instance_prefix(&table.location, &id.owner)?;
         let path = paths::data_file(&prefix, EPOCH, flushed, &ulid::Ulid::generate().to_string());
         let (sender, mut receiver) = tokio::sync::mpsc::channel::<RecordBatch>(2);
@@ -253,7 +253,7 @@ impl Engine {
                 Err(error) => Err(FlushError::Compact(error.to_string())),
             }
         });
-        let mut merge = Merge::begin(&store, table, files, deleted_until_us).await?;
+        let mut merge = Merge::begin(&from, table, files, deleted_until_us).await?;
         while let Some(batch) = merge.next().await? {
             if sender.send(batch).await.is_err() {
                 break;

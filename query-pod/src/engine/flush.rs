@@ -283,13 +283,15 @@ impl Engine {
         generation: Generation,
         file: Encoded,
     ) -> Result<Edit, FlushError> {
-        let store = self.storages.store(&self.catalog.current(), &RootKey::of(location))?;
+        let (snapshot, root) = (self.catalog.current(), RootKey::of(location));
+        let store = self.storages.store(&snapshot, &root)?;
         let failed = |source| FlushError::Upload { path: file.path.to_string(), source: Box::new(source) };
         // Under a fresh ULID nobody else writes: other bytes there are our own, garbled, or an answer that is no object's.
-        match create::create_exact(store.as_ref(), &file.path, file.bytes).await.map_err(failed)? {
+        match create::create_exact(store.as_ref(), &file.path, file.bytes.clone()).await.map_err(failed)? {
             Create::Ours => {}
             Create::Lost(_) => return Err(FlushError::Garbled { path: file.path.to_string() }),
         }
+        self.storages.fill(&snapshot, &root, file.path, file.bytes).await;
         let last_seq = file.entry.max_seq;
         Ok(Edit {
             instance: id.clone(),

@@ -26,10 +26,14 @@ impl Engine {
         let may_hold = |file: &&kalamdb_table_store::FileEntry| {
             file.min_key <= file.max_key && keys.range(file.min_key.clone()..=file.max_key.clone()).next().is_some()
         };
-        for file in view.manifest.files.iter().filter(may_hold) {
-            let store = self.storages.store(&self.catalog.current(), &RootKey::of(&table.location))?;
+        let holders: Vec<_> = view.manifest.files.iter().filter(may_hold).collect();
+        if holders.is_empty() {
+            return Ok(located);
+        }
+        let files = self.storages.files(&self.catalog.current(), &RootKey::of(&table.location))?;
+        for file in holders {
             let path: Arc<str> = file.path.as_str().into();
-            for (key, row) in parquet_read::locate_keys(&store, file, table, keys).await? {
+            for (key, row) in parquet_read::locate_keys(&files, file, table, keys).await? {
                 if file.replaced.contains(row) {
                     continue;
                 }

@@ -10,8 +10,10 @@
 //! streams and their checkpoints hold all that was shipped ([`Rebuilding`]).
 
 mod begin;
+mod caches;
 mod checkpoint;
 mod compact;
+mod counted;
 mod describe;
 mod flush;
 mod garbage;
@@ -35,7 +37,9 @@ use kalamdb_write_buffer::{Applied, CommitError, Options, WriteBuffer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use caches::{CacheLimits, Caches};
 pub use compact::Compacted;
+pub use counted::Requests;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
 pub use read::{ReadError, Rows};

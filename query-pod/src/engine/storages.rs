@@ -1,16 +1,21 @@
 //! Which object store a location means: one per storage and root, opened when first needed, opened anew when its
-//! settings or credentials change.
+//! settings or credentials change. Data files are read through the caches, all else past them.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use bytes::Bytes;
 use kalamdb_model::declared::StorageRoot;
 use kalamdb_model::{Location, StorageName};
+use kalamdb_table_store::DataFiles;
 use kalamdb_table_store::store::{self, Credentials, StoreError};
 use object_store::ObjectStore;
+use object_store::path::Path;
 use parking_lot::{Mutex, RwLock};
 
+use super::caches::Caches;
+use super::counted::{Counted, Reach, Requests};
 use crate::catalog::Snapshot;
 
 /// A root of a storage.
@@ -96,12 +101,19 @@ struct Inner {
     open: Box<Open>,
     secrets: Secrets,
     opened: Mutex<HashMap<RootKey, Opened>>,
+    requests: Requests,
+    caches: OnceLock<Caches>,
 }
 
+#[derive(Clone)]
 struct Opened {
     root: StorageRoot,
     credentials: Option<Credentials>,
     store: Arc<dyn ObjectStore>,
+    /// Names the root in caches. Where it lies is part of that: a storage that is removed and declared anew may lie
+    /// elsewhere.
+    name: Arc<str>,
+    reach: Reach,
 }
 
 impl Storages {
@@ -118,10 +130,33 @@ impl Storages {
     /// Stores that `open` makes.
     #[must_use]
     pub fn opened_by(open: Box<Open>, secrets: Secrets) -> Self {
-        Self(Arc::new(Inner { open, secrets, opened: Mutex::default() }))
+        Self(Arc::new(Inner {
+            open,
+            secrets,
+            opened: Mutex::default(),
+            requests: Requests::default(),
+            caches: OnceLock::new(),
+        }))
     }
 
-    /// The store of `key` as `snapshot` and the secrets describe it now. It was used before.
+    /// Reads data files through `caches` from now on. The first ones stay.
+    pub fn set_caches(&self, caches: Caches) {
+        let _ = self.0.caches.set(caches);
+    }
+
+    /// The caches, once they are open.
+    #[must_use]
+    pub fn caches(&self) -> Option<&Caches> {
+        self.0.caches.get()
+    }
+
+    /// Requests to all stores so far.
+    #[must_use]
+    pub fn requests(&self) -> &Requests {
+        &self.0.requests
+    }
+
+    /// The store of `key` as `snapshot` and the secrets describe it now, past all caches. It was used before.
     ///
     /// # Errors
     /// See [`StoragesError`].
@@ -136,6 +171,29 @@ impl Storages {
         !matches!(root, Some(StorageRoot::Filesystem { path }) if std::path::Path::new(path).is_relative())
     }
 
+    /// The data files of `key`, for one statement or merge: what it reads is cached up to its share.
+    ///
+    /// # Errors
+    /// See [`StoragesError`].
+    pub fn files(&self, snapshot: &Snapshot, key: &RootKey) -> Result<DataFiles, StoragesError> {
+        let Opened { store, name, reach, .. } = self.opened(snapshot, key, Use::Again)?;
+        let Some(caches) = self.caches() else { return Ok(DataFiles::new(store, name, Default::default())) };
+        let store = match &caches.chunks {
+            Some(chunks) if reach == Reach::Remote => chunks.layer(&name, store),
+            // The kernel keeps the files of this machine in memory already.
+            _ => store,
+        };
+        Ok(DataFiles::new(store, name, caches.footers.clone()))
+    }
+
+    /// Takes note of a data file that was just uploaded: whoever reads it next finds it here.
+    pub(super) async fn fill(&self, snapshot: &Snapshot, key: &RootKey, path: Path, file: Bytes) {
+        let Some(chunks) = self.caches().and_then(|caches| caches.chunks.clone()) else { return };
+        let Ok(Opened { name, reach: Reach::Remote, .. }) = self.opened(snapshot, key, Use::Again) else { return };
+        // Copies the file. If it is interrupted, the file is only read from the store.
+        let _ = tokio::task::spawn_blocking(move || chunks.fill(&name, &path, &file)).await;
+    }
+
     /// The store of `key`; what `usage` says counts when it is not open yet.
     pub(super) fn open(
         &self,
@@ -143,6 +201,10 @@ impl Storages {
         key: &RootKey,
         usage: Use,
     ) -> Result<Arc<dyn ObjectStore>, StoragesError> {
+        Ok(self.opened(snapshot, key, usage)?.store)
+    }
+
+    fn opened(&self, snapshot: &Snapshot, key: &RootKey, usage: Use) -> Result<Opened, StoragesError> {
         let unknown = || StoragesError::Unknown(key.clone());
         let entry = snapshot.catalog.storages.get(&key.storage).ok_or_else(unknown)?;
         let root = entry.roots.get(&key.root).ok_or_else(unknown)?;
@@ -158,15 +220,22 @@ impl Storages {
             && known.root == *root
             && known.credentials == credentials
         {
-            return Ok(Arc::clone(&known.store));
+            return Ok(known.clone());
         }
         let opening = (self.0.open)(root, credentials.as_ref(), usage);
         let store = opening.map_err(|error: StoreError| StoragesError::Open {
             storage: key.storage.clone(),
             message: error.to_string(),
         })?;
-        let store = kalamdb_parquet_cache::layer(store);
-        opened.insert(key.clone(), Opened { root: root.clone(), credentials, store: Arc::clone(&store) });
-        Ok(store)
+        let reach = match root {
+            StorageRoot::Filesystem { .. } => Reach::Local,
+            StorageRoot::S3 { .. } | StorageRoot::Gcs { .. } | StorageRoot::Azure { .. } => Reach::Remote,
+        };
+        let store: Arc<dyn ObjectStore> = Arc::new(Counted::new(store, reach, self.0.requests.clone()));
+        let (place, path) = root.place();
+        let name = format!("{key} {place}/{path}").into();
+        let known = Opened { root: root.clone(), credentials, store, name, reach };
+        opened.insert(key.clone(), known.clone());
+        Ok(known)
     }
 }

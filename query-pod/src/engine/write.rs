@@ -247,12 +247,14 @@ impl Writing {
                 _ => {}
             }
         }
+        if wanted.is_empty() {
+            return Ok(rows);
+        }
+        let files = self.engine.storages.files(&self.engine.catalog.current(), &RootKey::of(&self.table.location))?;
         for (path, (view, keys)) in wanted {
             let Some(file) = view.file(&path) else { continue };
             let positions: Positions = keys.keys().copied().collect();
-            let store =
-                self.engine.storages.store(&self.engine.catalog.current(), &RootKey::of(&self.table.location))?;
-            let found = parquet_read::read_rows(&store, file, &self.table, &positions).await?;
+            let found = parquet_read::read_rows(&files, file, &self.table, &positions).await?;
             rows.extend(keys.into_values().cloned().zip(found));
         }
         Ok(rows)

@@ -16,7 +16,9 @@ use datafusion::datasource::TableType;
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::ParquetRowSelection;
-use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
+use datafusion::datasource::physical_plan::{
+    FileGroup, FileScanConfigBuilder, ParquetFileReaderFactory, ParquetSource,
+};
 use datafusion::datasource::source::DataSourceExec;
 use datafusion::error::{DataFusionError, Result};
 use datafusion::logical_expr::utils::conjunction;
@@ -24,17 +26,19 @@ use datafusion::logical_expr::{Expr, TableProviderFilterPushDown};
 use datafusion::physical_expr_adapter::{
     DefaultPhysicalExprAdapterFactory, PhysicalExprAdapter, PhysicalExprAdapterFactory, replace_columns_with_literals,
 };
+use datafusion::physical_plan::metrics::ExecutionPlanMetricsSet;
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::physical_plan::{ExecutionPlan, PhysicalExpr};
 use kalamdb_model::TableEntry;
-use kalamdb_table_store::Positions;
 use kalamdb_table_store::manifest::FileEntry;
+use kalamdb_table_store::{DataFiles, Positions};
 use object_store::ObjectMeta;
+use parquet::arrow::async_reader::AsyncFileReader;
 
 use super::session::store_url;
 use super::{owner_for, params};
 use crate::auth::Identity;
-use crate::engine::{Engine, Rows};
+use crate::engine::{Engine, ReadError, Rows};
 use crate::error::ApiError;
 
 /// One table of the catalog.
@@ -93,7 +97,10 @@ impl InstanceTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
-        let mut source = ParquetSource::new(Arc::clone(&self.schema));
+        let files = self.engine.storages().files(&self.engine.catalog().current(), &rows.root).map_err(ReadError::from);
+        let files = files.map_err(|error| external(super::engine_errors::of_read(&error)))?;
+        let mut source =
+            ParquetSource::new(Arc::clone(&self.schema)).with_parquet_file_reader_factory(Arc::new(Readers(files)));
         // Files say nothing of NaN in their statistics, which is above every number: a filter on floats prunes nothing.
         let pruning: Vec<Expr> = filters.iter().filter(|filter| !self.names_floats(filter)).cloned().collect();
         if let Some(predicate) = self.predicate(state, &pruning)? {
@@ -124,6 +131,24 @@ impl InstanceTable {
             .with_expr_adapter(Some(Arc::new(Defaults::of(&self.table)?)))
             .build();
         Ok(Some(DataSourceExec::from_data_source(config)))
+    }
+}
+
+/// Readers of one scan's files, which share the footers and the bytes of the pod's caches. DataFusion's own cache of
+/// footers is by path alone, and two storages may have equal paths; it is not asked.
+#[derive(Debug)]
+struct Readers(DataFiles);
+
+impl ParquetFileReaderFactory for Readers {
+    fn create_reader(
+        &self,
+        _: usize,
+        file: PartitionedFile,
+        _: Option<usize>,
+        _: &ExecutionPlanMetricsSet,
+    ) -> Result<Box<dyn AsyncFileReader + Send>> {
+        let ObjectMeta { location, size, .. } = file.object_meta;
+        Ok(Box::new(self.0.reader(location, size)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Component tests: a query pod as a process, driven over HTTP.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
+mod cache;
 mod differential;
 mod failure;
 mod faults;

@@ -87,7 +87,7 @@ async fn a_stored_parquet_file_opens_with_the_same_rows() {
     let store = memory();
     store.put(&Path::parse(&entry.path).unwrap(), bytes.into()).await.unwrap();
     let keys = BTreeSet::from_iter(keys);
-    let located = locate_keys(&store, &entry, &table, &keys).await.unwrap();
+    let located = locate_keys(&crate::parquet::files(&store), &entry, &table, &keys).await.unwrap();
     assert_eq!(located.into_keys().collect::<BTreeSet<_>>(), keys);
 }
 
