@@ -30,6 +30,8 @@ pub struct Metrics {
     pub compactions: Counter,
     /// Queries run.
     pub queries: Counter,
+    /// Statements that were answered without the planner.
+    pub fast_statements: Counter,
     /// Seconds per statement, from request to answer.
     pub statement_seconds: Histogram,
     /// Version of the catalog that is served.
@@ -56,6 +58,12 @@ impl Default for Metrics {
         registry.register("flush_failures", "Flushes that did not finish and are tried again", flush_failures.clone());
         registry.register("compactions", "Compactions of one user's part of a table", compactions.clone());
         registry.register("queries", "Queries run", queries.clone());
+        let fast_statements = Counter::default();
+        registry.register(
+            "fast_statements",
+            "Statements whose rows were found by primary key or counted without planning a query",
+            fast_statements.clone(),
+        );
         registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
         registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
         registry.register(
@@ -78,6 +86,7 @@ impl Default for Metrics {
             flush_failures,
             compactions,
             queries,
+            fast_statements,
             statement_seconds,
             catalog_version,
             disowned,

@@ -33,6 +33,7 @@ use tokio_util::task::TaskTracker;
 pub use compact::Compacted;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
+pub use locate::Row;
 pub use read::{ReadError, Rows};
 pub use ship::Disowned;
 pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};

@@ -9,6 +9,7 @@ mod dialect;
 mod dml;
 mod engine_errors;
 mod exact;
+mod fast;
 mod functions;
 mod information_schema;
 pub mod params;

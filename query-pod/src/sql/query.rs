@@ -34,7 +34,13 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
-        self.within_limits(request, Box::pin(self.run_query(request, snapshot, query))).await
+        let work = async {
+            match self.answer_fast(request, snapshot, &query.statement).await? {
+                Some(answer) => Ok(answer),
+                None => Box::pin(self.run_query(request, snapshot, query)).await,
+            }
+        };
+        self.within_limits(request, Box::pin(work)).await
     }
 
     /// Waits for a turn, and stops `work` when it takes too long.

@@ -3,6 +3,7 @@
 
 mod differential;
 mod failure;
+mod fast;
 mod faults;
 mod inserts;
 mod isolation;
