@@ -30,6 +30,8 @@ pub struct Metrics {
     pub compactions: Counter,
     /// Queries run.
     pub queries: Counter,
+    /// Queries whose plan had been made before.
+    pub plans_reused: Counter,
     /// Statements that were answered without the planner.
     pub fast_statements: Counter,
     /// Seconds per statement, from request to answer.
@@ -58,6 +60,8 @@ impl Default for Metrics {
         registry.register("flush_failures", "Flushes that did not finish and are tried again", flush_failures.clone());
         registry.register("compactions", "Compactions of one user's part of a table", compactions.clone());
         registry.register("queries", "Queries run", queries.clone());
+        let plans_reused = Counter::default();
+        registry.register("plans_reused", "Queries whose plan had been made before", plans_reused.clone());
         let fast_statements = Counter::default();
         registry.register(
             "fast_statements",
@@ -86,6 +90,7 @@ impl Default for Metrics {
             flush_failures,
             compactions,
             queries,
+            plans_reused,
             fast_statements,
             statement_seconds,
             catalog_version,

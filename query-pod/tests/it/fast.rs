@@ -86,7 +86,7 @@ const TEXT: Kind = Kind {
     ty: "TEXT",
     rows: &["''", "'a'", "'A'", "'a '", "'1'", "'é'", "'e\u{301}'", "'🙂'", "'it''s'", "'{}'", "'null'", "'%'"],
     sure: &["''", "'a'", "'A'", "'a '", "'1'", "'é'", "'it''s'", "'{}'", "'null'", "'nope'"],
-    odd: &["1", "1.0", "TRUE", "$$a$$", "E'a'", "U&'a'", "'a' || ''", "upper('a')"],
+    odd: &["$$a$$", "E'a'", "U&'a'", "'a' || ''", "upper('a')"],
     sure_params: &["\"\"", "\"a\"", "\"A\"", "\"1\"", "\"\\u00e9\"", "\"{}\"", "\"null\"", "\"nope\""],
     odd_params: &["1", "1.0", "{ \"a\": 1}"],
 };
@@ -99,7 +99,7 @@ const UUID: Kind = Kind {
         "'{6F9619FF-8B86-D011-B42D-00CF4FC964FF}'",
         "'00000000-0000-0000-0000-000000000001'",
     ],
-    odd: &["'6f9619ff'", "0", "'6f9619ff-8b86-d011-b42d-00cf4fc964ff '"],
+    odd: &["'6f9619ff'", "'6f9619ff-8b86-d011-b42d-00cf4fc964ff '"],
     sure_params: &["\"6F9619FF-8B86-D011-B42D-00CF4FC964FF\"", "\"00000000000000000000000000000000\""],
     odd_params: &["\"6f9619ff\"", "0"],
 };
@@ -154,17 +154,7 @@ const DECIMAL: Kind = Kind {
     ty: "DECIMAL(10,2)",
     rows: &["0", "1.5", "-1.5", "99999999.99"],
     sure: &["0", "1.5", "1.50", "-1.5", "99999999.99", "-0", "0.01"],
-    odd: &[
-        "1.500",
-        "1.505",
-        "100000000",
-        "1e0",
-        "'1.5'",
-        ".5",
-        "5.",
-        "0.0000000000000000000000000000000000001",
-        "99999999999999999999999999999999999999",
-    ],
+    odd: &["1.500", "1.505", "100000000", "1e0", "'1.5'", ".5", "5.", "99999999999999999999999999999999999999"],
     sure_params: &["0", "1.5", "\"1.5\"", "1.500", "-15e-1", "99999999.99"],
     odd_params: &["1.505", "100000000", "\"one\""],
 };
@@ -172,7 +162,7 @@ const WIDE: Kind = Kind {
     ty: "DECIMAL(38,30)",
     rows: &["0", "1.5", "99999999.999999999999999999999999999999"],
     sure: &["0", "1.5", "99999999.999999999999999999999999999999", "-99999999"],
-    odd: &["100000000", "0.0000000000000000000000000000001", "12345678901234567890"],
+    odd: &["100000000", "12345678901234567890"],
     sure_params: &["0", "1.5", "\"1.5\""],
     odd_params: &["100000000"],
 };
@@ -266,7 +256,8 @@ fn condition(rng: &mut StdRng, shape: &Shape, qualifier: &str, params: &mut Vec<
         let value = match (literal, certain) {
             (true, true) => pick(rng, kind.sure).to_owned(),
             (true, false) => {
-                let from = if rng.random() { kind.odd } else { ODD };
+                // What makes the planner convert each row's text fails at the first that it comes to, which may be any.
+                let from = if rng.random() || matches!(kind.ty, "TEXT" | "UUID") { kind.odd } else { ODD };
                 pick(rng, from).to_owned()
             }
             (false, _) => {
@@ -286,13 +277,10 @@ fn condition(rng: &mut StdRng, shape: &Shape, qualifier: &str, params: &mut Vec<
     if rng.random_range(0..12) == 0 {
         sure = false;
         match rng.random_range(0..3) {
-            0 => drop(parts.pop()),
+            0 => parts.extend_from_within(..1),
             1 => parts.push(format!("{} IS NOT NULL", shape.columns[0].0)),
             _ => parts.push("nope = 1".to_owned()),
         }
-    }
-    if parts.is_empty() {
-        parts.push("TRUE".to_owned());
     }
     (parts.join(" AND "), sure)
 }

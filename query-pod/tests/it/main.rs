@@ -11,6 +11,7 @@ mod limits;
 mod manifests;
 mod names;
 mod outside;
+mod plans;
 mod sql;
 mod types;
 
