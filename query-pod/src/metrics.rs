@@ -39,6 +39,10 @@ pub struct Metrics {
     pub unshipped_bytes: Gauge,
     /// Queries run.
     pub queries: Counter,
+    /// Queries whose plan had been made before.
+    pub plans_reused: Counter,
+    /// Statements that were answered without the planner.
+    pub fast_statements: Counter,
     /// Seconds per statement, from request to answer.
     pub statement_seconds: Histogram,
     /// Version of the catalog that is served.
@@ -77,6 +81,14 @@ impl Default for Metrics {
             unshipped_bytes.clone(),
         );
         registry.register("queries", "Queries run", queries.clone());
+        let plans_reused = Counter::default();
+        registry.register("plans_reused", "Queries whose plan had been made before", plans_reused.clone());
+        let fast_statements = Counter::default();
+        registry.register(
+            "fast_statements",
+            "Statements whose rows were found by primary key or counted without planning a query",
+            fast_statements.clone(),
+        );
         registry.register("statement_seconds", "Seconds per statement", statement_seconds.clone());
         registry.register("catalog_version", "Version of the catalog that is served", catalog_version.clone());
         registry.register(
@@ -102,6 +114,8 @@ impl Default for Metrics {
             rows_rebuilt,
             unshipped_bytes,
             queries,
+            plans_reused,
+            fast_statements,
             statement_seconds,
             catalog_version,
             disowned,

@@ -42,6 +42,7 @@ pub use compact::Compacted;
 pub use counted::Requests;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
+pub use locate::Row;
 pub use read::{ReadError, Rows};
 pub use rebuild::Rebuilding;
 pub use ship::{Disowned, ShipError};

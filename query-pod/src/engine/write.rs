@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use kalamdb_model::declared::Durability;
 use kalamdb_model::{Owner, TableEntry, Value};
-use kalamdb_table_store::{Positions, parquet_read};
-use kalamdb_write_buffer::row::{self, Header, RowView};
+use kalamdb_table_store::Positions;
+use kalamdb_write_buffer::row::{self, RowView};
 use kalamdb_write_buffer::{CommitError, EncodedRow, Fresh, RowError};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
-use super::instance::{Instance, InstanceError, Position, View};
+use super::instance::{Instance, InstanceError, View};
+use super::locate::{Existing, Place};
 use super::read::ReadError;
-use super::storages::StoragesError;
 use super::{Disowned, Engine, Rebuilding, RootKey, ShipError};
 
 /// How long a statement waits for others that are at work on the same rows.
@@ -70,34 +70,9 @@ pub enum WriteError {
     /// A buffered row does not read.
     #[error("a buffered row is damaged")]
     Row(#[from] RowError),
-    /// The store.
-    #[error("the storage of the table is not usable")]
-    Storage(#[from] StoragesError),
-    /// A file does not read.
-    #[error("failed to read rows of a file")]
-    File(#[from] parquet_read::ReadError),
-    /// Keys cannot be looked up in the files.
+    /// Rows cannot be found by their keys, in the buffer or in files.
     #[error("failed to look keys up")]
     Read(#[from] ReadError),
-}
-
-/// What is known of a key that a statement is about to write.
-#[derive(Clone, Debug)]
-struct Existing {
-    /// Whether there is a row, and it is not deleted.
-    live: bool,
-    /// What may be said of the next version.
-    fresh: Fresh,
-    place: Place,
-}
-
-#[derive(Clone, Debug)]
-enum Place {
-    Nowhere,
-    /// The bytes of the newest version, which is in the buffer.
-    Buffer(Vec<u8>),
-    /// In one of the files of this view.
-    File(Position, Arc<View>),
 }
 
 /// Keys of rows that are wanted from one file, by position.
@@ -192,27 +167,7 @@ impl Writing {
         if wanted.is_empty() {
             return Ok(());
         }
-        let mut elsewhere = BTreeSet::new();
-        // Buffer and view under one lock, as for reads: a key must not slip from one to the other between two looks.
-        let view = {
-            let current = self.instance.current.read();
-            for key in wanted {
-                match self.engine.buffer.get(&self.instance.id, current.view.flushed, &key)? {
-                    Some((generation, value)) => {
-                        let header = Header::parse(&value)?;
-                        let fresh = if header.fresh { Fresh::In(generation) } else { Fresh::No };
-                        let place = Place::Buffer(value);
-                        self.known.insert(key, Existing { live: !header.deleted, fresh, place });
-                    }
-                    None => drop(elsewhere.insert(key)),
-                }
-            }
-            Arc::clone(&current.view)
-        };
-        let located = self.engine.locate(&self.table, &self.instance, &view, &elsewhere).await?;
-        for (key, position) in &located {
-            self.known.insert(key.clone(), in_files(&view, position.as_ref()));
-        }
+        self.known.extend(self.engine.find(&self.table, &self.instance, wanted).await?);
         Ok(())
     }
 
@@ -247,14 +202,9 @@ impl Writing {
                 _ => {}
             }
         }
-        if wanted.is_empty() {
-            return Ok(rows);
-        }
-        let files = self.engine.storages.files(&self.engine.catalog.current(), &RootKey::of(&self.table.location))?;
         for (path, (view, keys)) in wanted {
-            let Some(file) = view.file(&path) else { continue };
             let positions: Positions = keys.keys().copied().collect();
-            let found = parquet_read::read_rows(&files, file, &self.table, &positions).await?;
+            let found = self.engine.rows_at(&self.table, &view, &path, &positions).await?;
             rows.extend(keys.into_values().cloned().zip(found));
         }
         Ok(rows)
@@ -321,14 +271,6 @@ impl Writing {
 async fn exclusive(instance: &Instance) -> Result<Hold, WriteError> {
     let held = tokio::time::timeout(HOLD_WAIT, Arc::clone(&instance.writes).write_owned()).await;
     held.map(Hold::Exclusive).map_err(|_| WriteError::Held)
-}
-
-fn in_files(view: &Arc<View>, position: Option<&Position>) -> Existing {
-    let Some(position) = position else {
-        return Existing { live: false, fresh: Fresh::Yes, place: Place::Nowhere };
-    };
-    let live = view.file(&position.path).is_some_and(|file| !file.tombstones.contains(position.row));
-    Existing { live, fresh: Fresh::No, place: Place::File(position.clone(), Arc::clone(view)) }
 }
 
 /// Room in an instance's buffer, given back when dropped.

@@ -212,7 +212,7 @@ impl<'a> Evaluate<'a> {
 
     /// One row of one column: what `expr` is, by the same rules as in a query.
     fn evaluate(&self, expr: &Expr) -> Result<ArrayRef, DataFusionError> {
-        let state = self.session()?;
+        let state = self.session();
         let schema = DFSchema::empty();
         let mut expr = expr.clone();
         rewrite::expression(&mut expr);
@@ -241,13 +241,10 @@ impl<'a> Evaluate<'a> {
         physical.evaluate(&batch)?.into_array(1)
     }
 
-    fn session(&self) -> Result<&SessionState, DataFusionError> {
-        if let Some(session) = self.session.get() {
-            return Ok(session);
-        }
-        let session =
-            self.sql.sessions.open(self.request.identity, self.snapshot, self.request.namespace, false, Vec::new())?;
-        Ok(self.session.get_or_init(|| session))
+    fn session(&self) -> &SessionState {
+        self.session.get_or_init(|| {
+            self.sql.sessions.open(self.request.identity, self.snapshot, self.request.namespace, false, Vec::new())
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use super::parse::{QueryStatement, TableRef};
 use super::parse_dml::{Assignments, Conflict, Delete, EXCLUDED, Insert, ROW, SetTo, Source, Update};
 use super::query::check_parameters;
 use super::session::Given;
-use super::{Request, Sql, assign, engine_errors, owner_for};
+use super::{Request, Sql, assign, engine_errors, fast, owner_for};
 use crate::catalog::Snapshot;
 use crate::engine::{NewRow, WriteError, Writing};
 use crate::error::{ApiError, Kind};
@@ -133,8 +133,8 @@ impl Sql {
         let evaluate = Evaluate::new(self, request, snapshot);
         let Assignments { columns, rows } = set;
         let set = target.set(&evaluate, &columns)?;
-        let writing = target.hold().await?;
-        let (_, batches) = self.rows(request, snapshot, rows, Vec::new()).await?;
+        let mut writing = target.hold().await?;
+        let batches = target.selected(&mut writing, rows).await?;
         let width = target.table.columns.len();
         let mut changes = Changes::default();
         for batch in &batches {
@@ -157,9 +157,9 @@ impl Sql {
     ) -> Result<Answer, ApiError> {
         let Delete { table, rows, returning, parameters } = delete;
         let target = self.target(request, snapshot, &table, &parameters)?;
-        let writing = target.hold().await?;
+        let mut writing = target.hold().await?;
         let mut changes = Changes::default();
-        for batch in self.rows(request, snapshot, rows, Vec::new()).await?.1 {
+        for batch in target.selected(&mut writing, rows).await? {
             changes.delete.extend(target.rows_of(&batch)?);
         }
         changes.count = changes.delete.len() as u64;
@@ -276,6 +276,19 @@ impl Target<'_> {
             let place = row.map_or_else(String::new, |row| format!("row {}, ", before + row + 1));
             ApiError::invalid("INVALID_VALUE", format!("{place}column `{}`: {message}", column.name))
         })
+    }
+
+    /// The rows that `query` selects to change: found by their key where it names one, else by running it.
+    async fn selected(&self, writing: &mut Writing, query: QueryStatement) -> Result<Vec<RecordBatch>, ApiError> {
+        let asked = fast::by_key(&query.statement, self.snapshot, self.request.namespace, self.request.params);
+        let Some(asked) = asked.filter(|asked| !asked.shows_system_columns()) else {
+            return Ok(self.sql.rows(self.request, self.snapshot, query, Vec::new()).await?.1);
+        };
+        let found = writing.rows(&BTreeSet::from([asked.key.clone()])).await.map_err(of_engine)?;
+        let batch = |values: Vec<Value>| asked.batch(Some(&row::encode(&self.table, &values)));
+        let batches = found.into_values().map(batch).collect::<Result<_, _>>();
+        self.sql.metrics.fast_statements.inc();
+        batches.map_err(|error| ApiError::internal(&error))
     }
 
     /// Rows that a query gave, the columns of the table first.

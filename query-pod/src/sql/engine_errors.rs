@@ -25,10 +25,10 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         ),
         WriteError::Ship(error) => of_ship(error),
         WriteError::Commit(error) => of_commit(error),
-        WriteError::Storage(error) | WriteError::Read(ReadError::Storage(error)) => of_storage(&error),
+        WriteError::Read(ReadError::Storage(error)) => of_storage(&error),
         WriteError::Read(ReadError::Disowned(_)) => not_owner(),
         WriteError::Read(ReadError::Rebuilding(error)) => rebuilding(&error),
-        error @ (WriteError::File(_) | WriteError::Read(ReadError::File(_))) => {
+        error @ WriteError::Read(ReadError::File(_)) => {
             tracing::warn!(error = %crate::error::Chain(&error), "a write could not look its keys up");
             ApiError::unavailable(
                 "STORAGE_UNAVAILABLE",

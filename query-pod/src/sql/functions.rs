@@ -1,32 +1,63 @@
 //! Scalar functions of ours: `CURRENT_USER()`.
+//!
+//! The function belongs to no caller, as plans that were made before do not ([`super::plans`]): whose name it gives is read
+//! when it is evaluated, from the options of the session. Without one it fails.
 
-use std::hash::Hash;
+use std::any::Any;
 
 use arrow::datatypes::DataType;
 use datafusion::common::ScalarValue;
-use datafusion::error::Result;
-use datafusion::execution::context::SessionState;
+use datafusion::common::config::{ConfigEntry, ConfigExtension, ExtensionOptions};
+use datafusion::error::{DataFusionError, Result};
 use datafusion::logical_expr::{ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility};
+use datafusion::prelude::SessionConfig;
 
-use super::session;
 use crate::auth::Identity;
 
-/// Registers the functions that speak for the caller. The session is made for one request and dropped with it.
-pub(super) fn register(state: &mut SessionState, identity: &Identity) -> Result<()> {
-    session::register(state, ScalarUDF::from(CurrentUser::new(identity.user.as_str())))
+/// The function, for all sessions.
+pub(super) fn current_user() -> ScalarUDF {
+    ScalarUDF::from(CurrentUser { signature: Signature::nullary(Volatility::Stable) })
+}
+
+/// Lets functions in sessions of `config` speak for `identity`.
+pub(super) fn speak_for(identity: &Identity, config: &mut SessionConfig) {
+    config.options_mut().extensions.insert(Caller(identity.user.to_string()));
+}
+
+/// The caller's user id, where functions find it.
+#[derive(Clone, Debug)]
+struct Caller(String);
+
+impl ConfigExtension for Caller {
+    const PREFIX: &'static str = "kalam_caller";
+}
+
+impl ExtensionOptions for Caller {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+
+    fn cloned(&self) -> Box<dyn ExtensionOptions> {
+        Box::new(self.clone())
+    }
+
+    fn set(&mut self, _: &str, _: &str) -> Result<()> {
+        Err(DataFusionError::Configuration("the caller of a session is not set by statements".to_owned()))
+    }
+
+    fn entries(&self) -> Vec<ConfigEntry> {
+        Vec::new()
+    }
 }
 
 /// `CURRENT_USER()`: the user id.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct CurrentUser {
-    user: String,
     signature: Signature,
-}
-
-impl CurrentUser {
-    fn new(user: &str) -> Self {
-        Self { user: user.to_owned(), signature: Signature::nullary(Volatility::Stable) }
-    }
 }
 
 impl ScalarUDFImpl for CurrentUser {
@@ -42,7 +73,36 @@ impl ScalarUDFImpl for CurrentUser {
         Ok(DataType::Utf8)
     }
 
-    fn invoke_with_args(&self, _: ScalarFunctionArgs) -> Result<ColumnarValue> {
-        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(self.user.clone()))))
+    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        let caller = args.config_options.extensions.get::<Caller>();
+        let caller = caller.ok_or_else(|| {
+            DataFusionError::Internal("CURRENT_USER() in a session without an identity was refused".to_owned())
+        })?;
+        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(caller.0.clone()))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use datafusion::prelude::SessionContext;
+    use kalamdb_model::{Role, UserId};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_callers_name_is_the_sessions_and_without_one_there_is_none() {
+        let name = async |config: SessionConfig| {
+            let context = SessionContext::new_with_config(config);
+            context.register_udf(current_user());
+            let batches = context.sql("SELECT current_user()").await?.collect().await?;
+            arrow::util::display::array_value_to_string(batches[0].column(0), 0).map_err(DataFusionError::from)
+        };
+        let refused = name(SessionConfig::new()).await.unwrap_err().to_string();
+        assert!(refused.contains("without an identity"), "{refused}");
+        for user in ["alice", "bob"] {
+            let mut config = SessionConfig::new();
+            speak_for(&Identity { user: UserId::new(user).unwrap(), role: Role::User }, &mut config);
+            assert_eq!(name(config).await.unwrap(), user);
+        }
     }
 }

@@ -9,11 +9,13 @@ mod dialect;
 mod dml;
 mod engine_errors;
 mod exact;
+mod fast;
 mod functions;
 mod information_schema;
 pub mod params;
 pub mod parse;
 mod parse_dml;
+mod plans;
 mod provider;
 mod query;
 mod rewrite;
@@ -99,6 +101,7 @@ pub struct Request<'a> {
 pub struct Sql {
     engine: Arc<Engine>,
     sessions: session::Sessions,
+    plans: plans::Plans,
     limits: SqlLimits,
     queries: Shares,
     answers_bytes: Arc<Shares>,
@@ -127,6 +130,7 @@ impl Sql {
         }
         Ok(Self {
             sessions: session::Sessions::new(&engine, &limits)?,
+            plans: plans::Plans::default(),
             engine,
             queries: Shares::halves(limits.queries_max),
             answers_bytes: Arc::new(Shares::halves(limits.answers_bytes_max)),

@@ -369,7 +369,7 @@ fn no_subqueries(rows: &QueryStatement, place: &str) -> Result<(), ApiError> {
 }
 
 /// A table with the name that its columns are called by.
-fn plain_table(table: &TableWithJoins) -> Result<(ObjectName, Ident), ApiError> {
+pub(super) fn plain_table(table: &TableWithJoins) -> Result<(ObjectName, Ident), ApiError> {
     match &table.relation {
         TableFactor::Table {
             name,
@@ -385,7 +385,7 @@ fn plain_table(table: &TableWithJoins) -> Result<(ObjectName, Ident), ApiError> 
         } if table.joins.is_empty() && with_hints.is_empty() && partitions.is_empty() && index_hints.is_empty() => {
             let alias = match alias {
                 None => last_part(name)?,
-                Some(alias) if alias.columns.is_empty() => alias.name.clone(),
+                Some(alias) if alias.columns.is_empty() && alias.at.is_none() => alias.name.clone(),
                 Some(_) => return refuse("new names for columns here"),
             };
             Ok((name.clone(), alias))

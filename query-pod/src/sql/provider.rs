@@ -154,7 +154,7 @@ impl ParquetFileReaderFactory for Readers {
 
 /// The file without the rows that are deleted or replaced, in the file itself or by rows of the buffer, and how many
 /// that leaves; `None` if none.
-fn partitioned(file: &FileEntry, replaced: Option<&Positions>) -> Result<Option<(PartitionedFile, usize)>> {
+pub(super) fn partitioned(file: &FileEntry, replaced: Option<&Positions>) -> Result<Option<(PartitionedFile, usize)>> {
     let too_many = || DataFusionError::Internal(format!("a file of {} rows", file.rows));
     let rows = u32::try_from(file.rows).map_err(|_| too_many())?;
     let mut hidden = file.hidden();

@@ -9,6 +9,7 @@ use arrow::datatypes::{DataType, SchemaRef};
 use datafusion::common::tree_node::{TreeNode as _, TreeNodeRecursion};
 use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::error::DataFusionError;
+use datafusion::execution::TaskContext;
 use datafusion::execution::context::SessionState;
 use datafusion::logical_expr::expr::Placeholder;
 use datafusion::logical_expr::{Expr, LogicalPlan};
@@ -18,6 +19,7 @@ use futures::StreamExt as _;
 use parquet::errors::ParquetError;
 
 use super::parse::{self, QueryStatement};
+use super::plans::Planned;
 use super::session::Given;
 use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
@@ -34,7 +36,13 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
-        self.within_limits(request, Box::pin(self.run_query(request, snapshot, query))).await
+        let work = async {
+            match self.answer_fast(request, snapshot, &query.statement).await? {
+                Some(answer) => Ok(answer),
+                None => Box::pin(self.run_query(request, snapshot, query)).await,
+            }
+        };
+        self.within_limits(request, Box::pin(work)).await
     }
 
     /// Waits for a turn, and stops `work` when it takes too long.
@@ -67,12 +75,12 @@ impl Sql {
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
     ) -> Result<Answer, ApiError> {
-        let (state, plan) = Box::pin(self.plan(request, snapshot, query, Vec::new())).await?;
-        let inferred = parameter_types(&plan).map_err(invalid_parameter)?;
-        check_parameters(inferred.keys(), request.params.len())?;
-        let plan = bind(plan, &inferred, request)?;
+        let (state, planned) = Box::pin(self.plan(request, snapshot, query, Vec::new())).await?;
+        check_parameters(planned.parameters.keys(), request.params.len())?;
+        let plan = bind(planned, request)?;
+        let task = self.task(&state, snapshot)?;
         let room = Room::new(Arc::clone(&self.answers_bytes), request.identity.user.clone());
-        let work = run(state, plan, Arc::clone(snapshot), self.limits.clone(), room);
+        let work = run(state, task, plan, Arc::clone(snapshot), self.limits.clone(), room);
         self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
     }
 
@@ -85,42 +93,56 @@ impl Sql {
         given: Vec<Given>,
     ) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
         let work = async {
-            let (state, plan) = Box::pin(self.plan(request, snapshot, query, given)).await?;
-            let inferred = parameter_types(&plan).map_err(invalid_parameter)?;
-            let plan = bind(plan, &inferred, request)?;
-            let work = collect(state, plan, Arc::clone(snapshot), self.limits.clone());
+            let (state, planned) = Box::pin(self.plan(request, snapshot, query, given)).await?;
+            let plan = bind(planned, request)?;
+            let task = self.task(&state, snapshot)?;
+            let work = collect(state, task, plan, Arc::clone(snapshot), self.limits.clone());
             self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
         };
         self.within_limits(request, Box::pin(work)).await
     }
 
+    /// A session for the caller, and the plan of `query`: one that was made before, unless it reads what is `given`.
     async fn plan(
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
         query: QueryStatement,
         given: Vec<Given>,
-    ) -> Result<(SessionState, LogicalPlan), ApiError> {
+    ) -> Result<(SessionState, Planned), ApiError> {
         let QueryStatement { mut statement, names_system_columns } = query;
+        let for_all = given.is_empty();
+        if for_all && let Some(planned) = self.plans.get(request, snapshot) {
+            self.metrics.plans_reused.inc();
+            let state = self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns, given);
+            return Ok((state, planned));
+        }
         if names_system_columns {
             wildcard::expand(&mut statement, snapshot, request.namespace)?;
         }
         let explain = |error| of_datafusion(error, snapshot, &self.limits);
-        let state = self
-            .sessions
-            .open(request.identity, snapshot, request.namespace, names_system_columns, given)
-            .map_err(explain)?;
+        let state = self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns, given);
         let plan = state.statement_to_plan(PlannerStatement::Statement(Box::new(statement))).await.map_err(explain)?;
         // First of all: whatever else looks at a plan looks at it as often as it is heavy.
-        weight::check(&plan)?;
+        let weight = weight::check(&plan)?;
         refuse_writes(&plan)?;
-        Ok((state, plan))
+        let parameters = Arc::new(parameter_types(&plan).map_err(invalid_parameter)?);
+        let planned = Planned { plan, parameters };
+        if for_all {
+            self.plans.keep(request, snapshot, &planned, weight);
+        }
+        Ok((state, planned))
+    }
+
+    fn task(&self, state: &SessionState, snapshot: &Snapshot) -> Result<Arc<TaskContext>, ApiError> {
+        self.sessions.task(state).map_err(|error| of_datafusion(error, snapshot, &self.limits))
     }
 }
 
 /// Optimizes and runs `plan`, and keeps what it gives.
 async fn collect(
     state: SessionState,
+    task: Arc<TaskContext>,
     plan: LogicalPlan,
     snapshot: Arc<Snapshot>,
     limits: super::SqlLimits,
@@ -128,7 +150,7 @@ async fn collect(
     let explain = |error| of_datafusion(error, &snapshot, &limits);
     let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
     let schema = physical.schema();
-    let mut stream = execute_stream(physical, state.task_ctx()).map_err(explain)?;
+    let mut stream = execute_stream(physical, task).map_err(explain)?;
     let (mut batches, mut bytes) = (Vec::new(), 0);
     while let Some(batch) = stream.next().await {
         let batch = batch.map_err(explain)?;
@@ -148,6 +170,7 @@ async fn collect(
 /// Optimizes and runs `plan`.
 async fn run(
     state: SessionState,
+    task: Arc<TaskContext>,
     plan: LogicalPlan,
     snapshot: Arc<Snapshot>,
     limits: super::SqlLimits,
@@ -160,7 +183,7 @@ async fn run(
     }
     let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
     let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max, room);
-    let mut batches = execute_stream(physical, state.task_ctx()).map_err(explain)?;
+    let mut batches = execute_stream(physical, task).map_err(explain)?;
     while let Some(batch) = batches.next().await {
         encoder.push(&batch.map_err(explain)?).await?;
     }
@@ -183,11 +206,8 @@ fn invalid_parameter(error: DataFusionError) -> ApiError {
     ApiError::invalid("INVALID_PARAMETER", error.strip_backtrace())
 }
 
-fn bind(
-    plan: LogicalPlan,
-    inferred: &HashMap<String, Option<DataType>>,
-    request: &Request<'_>,
-) -> Result<LogicalPlan, ApiError> {
+fn bind(planned: Planned, request: &Request<'_>) -> Result<LogicalPlan, ApiError> {
+    let Planned { plan, parameters: inferred } = planned;
     if inferred.is_empty() {
         return Ok(plan);
     }

@@ -7,13 +7,13 @@ use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, CatalogProviderList, SchemaProvider, TableFunction, TableProvider};
 use datafusion::datasource::MemTable;
 use datafusion::error::{DataFusionError, Result};
-use datafusion::execution::SessionStateDefaults;
 use datafusion::execution::context::SessionState;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
 use datafusion::execution::object_store::ObjectStoreRegistry;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::session_state::SessionStateBuilder;
+use datafusion::execution::{SessionStateDefaults, TaskContext};
 use datafusion::logical_expr::{AggregateUDF, ScalarUDF};
 use datafusion::prelude::SessionConfig;
 use kalamdb_model::{SqlName, StorageName, TableName};
@@ -71,13 +71,7 @@ impl Sessions {
         namespace: Option<&str>,
         system_columns: bool,
         given: Vec<Given>,
-    ) -> Result<SessionState> {
-        let mut config = self.template.config().clone().with_extension(Arc::new(identity.clone()));
-        if let Some(namespace) = namespace {
-            config.options_mut().catalog.default_schema = namespace.to_owned();
-        }
-        let pool = Arc::new(QueryPool::new(self.query_memory_bytes, Arc::clone(&self.pool)));
-        let runtime = RuntimeEnvBuilder::from_runtime_env(&self.runtime).with_memory_pool(pool).build_arc()?;
+    ) -> SessionState {
         let visible = Visible {
             engine: Arc::clone(&self.engine),
             snapshot: Arc::clone(snapshot),
@@ -85,15 +79,25 @@ impl Sessions {
             system_columns,
             given,
         };
-        let mut state = SessionStateBuilder::new_from_existing(self.template.clone())
-            .with_config(config)
-            .with_runtime_env(runtime)
-            .with_catalog_list(Arc::new(Catalogs(Some(Arc::new(visible)))))
-            .build();
-        functions::register(&mut state, identity)?;
-        // NOW() is the time at which the statement started; without this DataFusion knows none.
+        // A builder would make every function anew.
+        let mut state = self.template.clone();
+        let config = state.config_mut();
+        config.set_extension(Arc::new(identity.clone()));
+        functions::speak_for(identity, config);
+        if let Some(namespace) = namespace {
+            config.options_mut().catalog.default_schema = namespace.to_owned();
+        }
+        state.register_catalog_list(Arc::new(Catalogs(Some(Arc::new(visible)))));
+        // NOW() is the time at which the statement started; without this DataFusion knows none. It takes the options, too.
         state.mark_start_execution();
-        Ok(state)
+        state
+    }
+
+    /// What one query of `state` runs with: its share of the memory.
+    pub(super) fn task(&self, state: &SessionState) -> Result<Arc<TaskContext>> {
+        let pool = Arc::new(QueryPool::new(self.query_memory_bytes, Arc::clone(&self.pool)));
+        let runtime = RuntimeEnvBuilder::from_runtime_env(&self.runtime).with_memory_pool(pool).build_arc()?;
+        Ok(Arc::new(TaskContext::from(state).with_runtime(runtime)))
     }
 }
 
@@ -125,19 +129,15 @@ fn table_functions() -> HashMap<String, Arc<TableFunction>> {
 }
 
 fn scalar_functions(limits: &SqlLimits) -> Vec<Arc<ScalarUDF>> {
-    amplify::bounded(SessionStateDefaults::default_scalar_functions(), limits.query_memory_bytes)
+    let mut all = amplify::bounded(SessionStateDefaults::default_scalar_functions(), limits.query_memory_bytes);
+    all.push(Arc::new(functions::current_user()));
+    all
 }
 
 fn aggregate_functions() -> Vec<Arc<AggregateUDF>> {
     let others =
         SessionStateDefaults::default_aggregate_functions().into_iter().filter(|function| function.name() != "sum");
     others.chain([sum::function()]).collect()
-}
-
-/// Registers a scalar function in a session.
-pub(super) fn register(state: &mut SessionState, function: ScalarUDF) -> Result<()> {
-    use datafusion::execution::FunctionRegistry as _;
-    state.register_udf(Arc::new(function)).map(|_| ())
 }
 
 /// URL under which a root's store is known to DataFusion: `kalam://storage.root/`.

@@ -16,15 +16,15 @@ use crate::error::ApiError;
 /// Heaviest plan that is optimized. Measured: about 0.1 ms a unit for small plans, a second at this bound.
 const WEIGHT_MAX: u64 = 20_000;
 
-/// Refuses plans that are too heavy to optimize.
+/// Refuses plans that are too heavy to optimize; returns the weight of others.
 ///
 /// # Errors
 /// 400, `STATEMENT_TOO_DEEP`.
-pub(super) fn check(plan: &LogicalPlan) -> Result<(), ApiError> {
+pub(super) fn check(plan: &LogicalPlan) -> Result<u64, ApiError> {
     let mut weighing = Weighing { seen: HashMap::new(), heaviest: 0 };
     let outcome = weighing.plan(plan).map(|weight| weight.nodes.max(weighing.heaviest));
     match outcome {
-        Ok(weight) if weight <= WEIGHT_MAX => Ok(()),
+        Ok(weight) if weight <= WEIGHT_MAX => Ok(weight),
         Ok(_) => {
             let message = "the statement is too complex: subqueries, CTEs or computed columns that are used again and \
                            again multiply; split it";

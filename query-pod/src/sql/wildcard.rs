@@ -199,7 +199,8 @@ fn write_out(source: &Source, out: &mut Vec<SelectItem>) {
     }
 }
 
-fn plain(options: &WildcardAdditionalOptions) -> Result<(), ApiError> {
+/// Refuses a `*` that is not all columns.
+pub(super) fn plain(options: &WildcardAdditionalOptions) -> Result<(), ApiError> {
     let WildcardAdditionalOptions {
         wildcard_token: _,
         opt_ilike,

@@ -4,6 +4,7 @@
 mod cache;
 mod differential;
 mod failure;
+mod fast;
 mod faults;
 mod inserts;
 mod isolation;
@@ -12,6 +13,7 @@ mod lost_volume;
 mod manifests;
 mod names;
 mod outside;
+mod plans;
 mod sql;
 mod types;
 mod world;
