@@ -10,6 +10,7 @@ use kalamdb_table_store::{CatalogLog, Create, CreateError, StreamError, StreamWr
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 
+use crate::streams::{replayed, round};
 use crate::backend::{Store, memory};
 use crate::fault_store::{Fault, FaultStore, GARBLED, Rates};
 use crate::sample::{catalog, edit};
@@ -91,8 +92,8 @@ async fn a_failing_store_loses_no_commit_and_doubles_none() {
     let run = |seed: u64| async move {
         let (truth, store) = failing(seed);
         let wanted = append_30(store.clone(), seed.is_multiple_of(2)).await;
-        let replay = fence(&*truth, "01A", 0, "01B").await.unwrap();
-        let found: Vec<Edit> = replayed(&*truth, "01A", 0, replay.seq).await.into_iter().map(|(_, edit)| edit).collect();
+        let end = fence(&*truth, "01A", 0, "01B").await.unwrap();
+        let found: Vec<Edit> = replayed(&*truth, "01A", 0, end.seq).await.into_iter().map(|(_, edit)| edit).collect();
         assert_eq!(found, wanted, "seed {seed}");
     };
     join_all((0..40).map(run)).await;
@@ -113,8 +114,8 @@ async fn an_unknown_commit_stalls_on_its_number_and_bytes_until_it_is_resolved()
     // The puts that were given up land after all: the same bytes, so they are ours.
     assert_eq!(store.land_late_puts().await.iter().filter(|outcome| outcome.is_ok()).count(), 1);
     assert_eq!(writer.append(&round([edit(2)])).await.unwrap(), 1);
-    let replay = fence(&*truth, "01A", 0, "01B").await.unwrap();
-    assert_eq!(replay.edits, [(0, edit(1)), (1, edit(2))]);
+    let fence = fence(&*truth, "01A", 0, "01B").await.unwrap();
+    assert_eq!(replayed(&*truth, "01A", 0, fence.seq).await, [(0, edit(1)), (1, edit(2))]);
 }
 
 #[tokio::test]
@@ -125,11 +126,11 @@ async fn a_put_that_lands_after_the_fence_changes_nothing() {
     writer.append(&round([edit(1)])).await.unwrap();
     store.script([Some(Fault::Late); 4]);
     assert!(matches!(writer.append(&round([edit(2)])).await, Err(StreamError::Unknown(_))));
-    let replay = fence(&*truth, "01A", 0, "01B").await.unwrap();
-    assert_eq!(replay.edits, [(0, edit(1))]);
+    let end = fence(&*truth, "01A", 0, "01B").await.unwrap();
+    assert_eq!(replayed(&*truth, "01A", 0, end.seq).await, [(0, edit(1))]);
     assert!(store.land_late_puts().await.iter().all(Result::is_err));
-    assert!(matches!(writer.resolve().await, Err(StreamError::Fenced { .. })));
-    assert_eq!(fence(&*truth, "01A", 0, "01B").await.unwrap(), replay);
+    assert!(matches!(writer.append(&round([edit(2)])).await, Err(StreamError::Fenced { .. })));
+    assert_eq!(fence(&*truth, "01A", 0, "01B").await.unwrap(), end);
 }
 
 #[tokio::test]
@@ -153,7 +154,8 @@ async fn a_commit_whose_future_was_dropped_is_resolved_by_the_next() {
     assert!(tokio::time::timeout(short, writer.append(&round([edit(1)]))).await.is_err());
     store.set_down(false);
     assert_eq!(writer.append(&round([edit(2)])).await.unwrap(), 1);
-    assert_eq!(fence(&*truth, "01A", 0, "01B").await.unwrap().edits, [(0, edit(1)), (1, edit(2))]);
+    let fence = fence(&*truth, "01A", 0, "01B").await.unwrap();
+    assert_eq!(replayed(&*truth, "01A", 0, fence.seq).await, [(0, edit(1)), (1, edit(2))]);
 }
 
 #[tokio::test]
@@ -164,14 +166,14 @@ async fn a_fence_on_a_failing_store_ends_the_stream_once() {
         for n in 1..=5 {
             writer.append(&round([edit(n)])).await.unwrap();
         }
-        let replay = loop {
+        let fence = loop {
             match fence(&store, "01A", 0, "01B").await {
-                Ok(replay) => break replay,
+                Ok(fence) => break fence,
                 Err(error) => assert!(matches!(error, StreamError::Unknown(_)), "{error}"),
             }
         };
-        assert_eq!((replay.edits.len(), replay.fence_seq), (5, 5), "seed {seed}");
-        assert!(matches!(writer.append(vec![edit(6)]).await, Err(StreamError::Fenced { .. })));
+        assert_eq!((replayed(&*truth, "01A", 0, 5).await.len(), fence.seq), (5, 5), "seed {seed}");
+        assert!(matches!(writer.append(&round([edit(6)])).await, Err(StreamError::Fenced { .. })));
         assert!(truth.head(&paths::stream_object("01A", 6)).await.is_err());
     };
     join_all((0..40).map(run)).await;

@@ -71,8 +71,8 @@ pub async fn a_fence_is_found_by_who_made_it_and_by_who_comes_later(store: Store
 }
 
 pub async fn what_was_acknowledged_beside_a_fence_is_replayed(store: Store) {
-    for round in 0..4_u64 {
-        let incarnation = format!("01R{round}");
+    for attempt in 0..4_u64 {
+        let incarnation = format!("01R{attempt}");
         let mut writer = StreamWriter::new(Arc::clone(&store), incarnation.clone(), 0);
         let append = tokio::spawn(async move {
             let mut acknowledged = Vec::new();
@@ -85,7 +85,7 @@ pub async fn what_was_acknowledged_beside_a_fence_is_replayed(store: Store) {
             }
             acknowledged
         });
-        tokio::time::sleep(std::time::Duration::from_millis(5 * round)).await;
+        tokio::time::sleep(std::time::Duration::from_millis(5 * attempt)).await;
         let replay = fence(&*store as &dyn ObjectStore, &incarnation, 0, "01Z").await.unwrap();
         let acknowledged = append.await.unwrap();
         assert_eq!(replayed(&*store, &incarnation, 0, replay.seq).await, acknowledged);
