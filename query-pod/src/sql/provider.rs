@@ -97,15 +97,6 @@ impl InstanceTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
-        let files = self.engine.storages().files(&self.engine.catalog().current(), &rows.root).map_err(ReadError::from);
-        let files = files.map_err(|error| external(super::engine_errors::of_read(&error)))?;
-        let mut source =
-            ParquetSource::new(Arc::clone(&self.schema)).with_parquet_file_reader_factory(Arc::new(Readers(files)));
-        // Files say nothing of NaN in their statistics, which is above every number: a filter on floats prunes nothing.
-        let pruning: Vec<Expr> = filters.iter().filter(|filter| !self.names_floats(filter)).cloned().collect();
-        if let Some(predicate) = self.predicate(state, &pruning)? {
-            source = source.with_predicate(predicate);
-        }
         let mut files = Vec::new();
         let mut shown = 0;
         for file in &rows.view.manifest.files {
@@ -116,6 +107,16 @@ impl InstanceTable {
         }
         if files.is_empty() {
             return Ok(None);
+        }
+        // Only now: a storage that has no files yet may have no folder either.
+        let data = self.engine.storages().files(&self.engine.catalog().current(), &rows.root).map_err(ReadError::from);
+        let data = data.map_err(|error| external(super::engine_errors::of_read(&error)))?;
+        let mut source =
+            ParquetSource::new(Arc::clone(&self.schema)).with_parquet_file_reader_factory(Arc::new(Readers(data)));
+        // Files say nothing of NaN in their statistics, which is above every number: a filter on floats prunes nothing.
+        let pruning: Vec<Expr> = filters.iter().filter(|filter| !self.names_floats(filter)).cloned().collect();
+        if let Some(predicate) = self.predicate(state, &pruning)? {
+            source = source.with_predicate(predicate);
         }
         let partitions = state.config().target_partitions().clamp(1, files.len());
         let mut groups = vec![Vec::new(); partitions];
