@@ -93,8 +93,7 @@ mod tests {
     async fn the_callers_name_is_the_sessions_and_without_one_there_is_none() {
         let name = async |config: SessionConfig| {
             let context = SessionContext::new_with_config(config);
-            context.register_udf(current_user());
-            let batches = context.sql("SELECT current_user()").await?.collect().await?;
+            let batches = context.read_empty()?.select(vec![current_user().call(Vec::new())])?.collect().await?;
             arrow::util::display::array_value_to_string(batches[0].column(0), 0).map_err(DataFusionError::from)
         };
         let refused = name(SessionConfig::new()).await.unwrap_err().to_string();
