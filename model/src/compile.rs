@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
-    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec,
-    StorageSpec, TableSpec,
+    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageSpec,
+    TableSpec,
 };
 use crate::defaults::{DefaultCall, DefaultExpr};
 use crate::ids::{ColumnId, TableId};

@@ -32,10 +32,11 @@ pub struct CheckpointWriter<'a> {
 }
 
 impl<'a> CheckpointWriter<'a> {
-    /// A checkpoint of the stream of `incarnation` before `seq`.
+    /// A checkpoint of the stream of `incarnation` before `seq`. `attempt` rises with each that this process writes: a
+    /// completion that lands late must not go before a later one.
     #[must_use]
-    pub fn new(store: &'a dyn ObjectStore, incarnation: &str, seq: u64) -> Self {
-        let attempt = create::nonce();
+    pub fn new(store: &'a dyn ObjectStore, incarnation: &str, seq: u64, attempt: u64) -> Self {
+        let attempt = format!("{attempt:010}");
         Self { store, checkpoint: Checkpoint { incarnation: incarnation.to_owned(), seq, attempt, parts: 0 } }
     }
 
@@ -66,7 +67,7 @@ impl<'a> CheckpointWriter<'a> {
     async fn create(&self, path: &object_store::path::Path, bytes: Bytes) -> Result<(), StreamError> {
         match create_exact(self.store, path, bytes).await.map_err(StreamError::Unknown)? {
             Create::Ours => Ok(()),
-            // Under our own random name: other bytes are our own, garbled.
+            // Under a name of this process only: other bytes are our own, garbled.
             Create::Lost(_) => {
                 Err(StreamError::Foreign { incarnation: self.checkpoint.incarnation.clone(), path: path.clone() })
             }
@@ -128,7 +129,9 @@ pub async fn delete_all(store: &dyn ObjectStore, incarnation: &str) -> Result<()
 async fn delete_but(store: &dyn ObjectStore, incarnation: &str, kept: Option<&str>) -> Result<(), StreamError> {
     let prefix = paths::checkpoints_prefix(incarnation);
     let mut gone = stream::list(store, &prefix).await?;
-    gone.retain(|path| kept.is_none_or(|kept| !path.as_ref()[prefix.as_ref().len()..].trim_start_matches('/').starts_with(kept)));
+    gone.retain(|path| {
+        kept.is_none_or(|kept| !path.as_ref()[prefix.as_ref().len()..].trim_start_matches('/').starts_with(kept))
+    });
     // First what completes them: parts alone are no checkpoint.
     gone.sort_by_key(|path| paths::checkpoint_name(path).is_none());
     let (complete, parts): (Vec<_>, Vec<_>) = gone.into_iter().partition(|path| paths::checkpoint_name(path).is_some());
@@ -164,8 +167,8 @@ mod tests {
         Round { edits: Vec::new(), rows: vec![RowBlock { instance, buffered: true, rows }] }
     }
 
-    async fn write(store: &InMemory, seq: u64, values: &[&str]) -> Checkpoint {
-        let mut writer = CheckpointWriter::new(store, "01a", seq);
+    async fn write(store: &InMemory, seq: u64, attempt: u64, values: &[&str]) -> Checkpoint {
+        let mut writer = CheckpointWriter::new(store, "01a", seq, attempt);
         for value in values {
             writer.part(rows(value)).await.unwrap();
         }
@@ -176,11 +179,11 @@ mod tests {
     async fn the_newest_complete_checkpoint_is_read_and_the_others_go() {
         let store = InMemory::new();
         assert_eq!(newest(&store, "01a").await.unwrap(), None);
-        let first = write(&store, 7, &["one", "two"]).await;
-        let mut given_up = CheckpointWriter::new(&store, "01a", 9);
+        let first = write(&store, 8, 1, &["one", "two"]).await;
+        let mut given_up = CheckpointWriter::new(&store, "01a", 9, 2);
         given_up.part(rows("half")).await.unwrap();
         assert_eq!(newest(&store, "01a").await.unwrap(), Some(first));
-        let second = write(&store, 8, &["three"]).await;
+        let second = write(&store, 8, 3, &["three"]).await;
         let found = newest(&store, "01a").await.unwrap().unwrap();
         assert_eq!((&found, found.parts()), (&second, 1));
         assert_eq!(found.part(&store, 0).await.unwrap(), rows("three"));
@@ -194,7 +197,7 @@ mod tests {
     #[tokio::test]
     async fn a_damaged_or_missing_object_is_an_error_and_never_an_empty_checkpoint() {
         let store = InMemory::new();
-        let made = write(&store, 7, &["one"]).await;
+        let made = write(&store, 7, 1, &["one"]).await;
         let part = paths::checkpoint_part("01a", 7, &made.attempt, 0);
         store.put(&part, "<html>".into()).await.unwrap();
         assert!(matches!(made.part(&store, 0).await, Err(StreamError::Corrupt { .. })));

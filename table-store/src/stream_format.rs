@@ -222,7 +222,9 @@ impl StreamObject {
         match alone {
             _ if count < header.blocks => Err(FormatError::Truncated { at: bytes.len() }),
             _ if count > header.blocks => Err(FormatError::Order("there are more than the header says")),
-            Some(_) if round != Round::default() => Err(FormatError::Order("one that stands alone stands beside others")),
+            Some(_) if round != Round::default() => {
+                Err(FormatError::Order("one that stands alone stands beside others"))
+            }
             Some(body) => Ok(Self { header, body }),
             None => Ok(Self { header, body: Body::Round(round) }),
         }
@@ -256,8 +258,7 @@ fn decode_rows(block: &Block<'_>) -> Result<RowBlock, FormatError> {
         Some((text, rest.is_empty()))
     };
     let (instance, mut end) = text().ok_or_else(damaged)?;
-    let instance =
-        serde_json::from_slice(instance).map_err(|source| FormatError::Payload { at: block.at, source })?;
+    let instance = serde_json::from_slice(instance).map_err(|source| FormatError::Payload { at: block.at, source })?;
     let mut rows = Vec::new();
     while !end {
         let (key, _) = text().ok_or_else(damaged)?;

@@ -33,7 +33,10 @@ pub(crate) enum Item {
     Commit(Request),
     /// Rows that were stamped long ago; those that are not newer than what is here are passed over.
     Restore(Request),
-    Freeze { instance: InstanceId, reply: Sender<Result<Option<Generation>, CommitError>> },
+    Freeze {
+        instance: InstanceId,
+        reply: Sender<Result<Option<Generation>, CommitError>>,
+    },
 }
 
 /// One statement; its keys are whole row keys that lack only the generation, its values only what is stamped.
@@ -246,7 +249,9 @@ impl<'a> Round<'a> {
             let stored = self.store.newest_seq(instance, pk).map_err(|source| CommitError::Read { source })?;
             keys::stamp(&mut row.key, offset, generation);
             let here = self.restored.get(&row.key).copied().max(stored);
-            if here.is_none_or(|here| here < header.seq) {
+            // What this round writes anew is newer than anything restored.
+            let added = self.written.contains_key(&row.key) && !self.restored.contains_key(&row.key);
+            if !added && here.is_none_or(|here| here < header.seq) {
                 self.restored.insert(row.key.clone(), header.seq);
                 (last, oldest_us) = (last.max(header.seq), oldest_us.min(header.updated_us));
                 newer.push(row);

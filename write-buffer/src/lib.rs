@@ -21,9 +21,7 @@ mod state;
 mod store;
 
 pub use batch::BatchBuilder;
-pub use buffer::{
-    Adopted, Applied, Committed, EncodedRow, FreeSpace, Fresh, OnApplied, Options, Stamps, WriteBuffer,
-};
+pub use buffer::{Adopted, Applied, Committed, EncodedRow, FreeSpace, Fresh, OnApplied, Options, Stamps, WriteBuffer};
 pub use error::{CommitError, OpenError, ReadError};
 pub use keys::KeyError;
 pub use record::{Record, RecordError};

@@ -47,6 +47,25 @@ async fn deleting_the_pod_loses_nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn losing_the_volume_loses_nothing_that_the_storage_has() -> anyhow::Result<()> {
+    let sql = with_messages().await?;
+    let before = sql.count("dave").await?;
+    sql.insert("dave", 5).await?;
+    let (status, body) = sql.run("dave", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(status == 200, "{body}");
+    sql.insert("dave", 7).await?;
+    // A graceful end ships what is left; the claim goes with its volume, and the pod comes back on an empty one.
+    kubectl_ok(&["delete", "persistentvolumeclaim", "data-kalamdb-0", "--wait=false"], None)?;
+    kubectl_ok(&["delete", "pod", "kalamdb-0", "--grace-period=30", "--wait=true"], None)?;
+    until("the pod on the new volume has the rows", async || Ok(sql.count("dave").await? == before + 12)).await?;
+    let claim = get("persistentvolumeclaim", "data-kalamdb-0")?;
+    ensure!(claim["metadata"]["deletionTimestamp"].is_null(), "the pod still has its old volume");
+    sql.insert("dave", 1).await?;
+    ensure!(sql.count("dave").await? == before + 13);
+    Ok(())
+}
+
 const BROKEN: &str = "
 apiVersion: kalamdb.org/v1alpha1
 kind: UserTable

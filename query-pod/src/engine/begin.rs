@@ -36,6 +36,9 @@ pub(super) async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamW
 
 async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, BeginError> {
     let shippers = &engine.shippers;
+    if let Some(other) = engine.shares_place(root) {
+        return Err(format!("storage `{other}` lies at the same place; declare another bucket or prefix").into());
+    }
     let rebuilding = !engine.is_rebuilt(root);
     let known = shippers.known(root)?;
     let own_disk = !engine.storages.ships_rows(&engine.catalog.current(), root);
@@ -81,7 +84,8 @@ async fn look(
     let Some(last) = stream::last(store, incarnation).await? else { return Ok(None) };
     for seq in from..=last {
         let Some(object) = stream::read(store, incarnation, seq).await? else {
-            let found = format!("object {seq} of the stream of process `{incarnation}` is deleted, and {last} is there");
+            let found =
+                format!("object {seq} of the stream of process `{incarnation}` is deleted, and {last} is there");
             return Err(engine.older_copy(root, found).into());
         };
         match object.body {

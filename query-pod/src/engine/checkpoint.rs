@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kalamdb_model::{Generation, InstanceId};
+use kalamdb_table_store::checkpoint;
 use kalamdb_table_store::checkpoint::CheckpointWriter;
 use kalamdb_table_store::manifest::Edit;
 use kalamdb_table_store::stream::{self, Round, RowBlock};
-use kalamdb_table_store::checkpoint;
 use object_store::ObjectStore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use super::begin::BeginError;
 use super::instance::InstanceError;
 use super::ship::Backoff;
+use super::storages::StoragesError;
 use super::{Engine, RootKey};
 use crate::crash;
 use crate::error::Chain;
@@ -45,9 +46,11 @@ pub(super) struct Checkpoints {
     bytes: usize,
     last_bytes: usize,
     wanted: bool,
+    /// Checkpoints that were begun.
+    attempts: u64,
     /// The object before this one is the first that is left.
     trimmed: u64,
-    running: Option<(u64, JoinHandle<Result<usize, BeginError>>)>,
+    running: Option<JoinHandle<Result<Shortened, BeginError>>>,
     not_before: Option<Instant>,
     backoff: Backoff,
 }
@@ -61,6 +64,7 @@ impl Checkpoints {
             bytes: 0,
             last_bytes: 0,
             wanted: false,
+            attempts: 0,
             trimmed: 1,
             running: None,
             not_before: None,
@@ -90,23 +94,24 @@ impl Checkpoints {
     /// Begins one, of all that is before object `seq`.
     pub(super) fn start(&mut self, seq: u64) {
         (self.wanted, self.objects, self.bytes) = (false, 0, 0);
-        let work = shorten(Arc::clone(&self.engine), self.root.clone(), self.trimmed, seq);
-        self.running = Some((seq, self.engine.tasks.spawn(work)));
+        self.attempts += 1;
+        let work = shorten(Arc::clone(&self.engine), self.root.clone(), seq, self.attempts, self.trimmed);
+        self.running = Some(self.engine.tasks.spawn(work));
     }
 
     /// Resolves when the one that is being written is done, or when it is time to try again.
     pub(super) async fn due(&mut self) {
-        let Some((seq, running)) = &mut self.running else {
+        let Some(running) = &mut self.running else {
             match self.not_before.filter(|_| self.wanted) {
                 Some(time) => return tokio::time::sleep_until(time).await,
                 None => return pending().await,
             }
         };
-        let (seq, outcome) = (*seq, running.await.unwrap_or_else(|error| Err(error.into())));
+        let outcome = running.await.unwrap_or_else(|error| Err(error.into()));
         self.running = None;
         match outcome {
-            Ok(bytes) => {
-                (self.last_bytes, self.trimmed) = (bytes, seq);
+            Ok(Shortened { bytes, trimmed }) => {
+                (self.last_bytes, self.trimmed) = (bytes, trimmed);
                 (self.not_before, self.backoff) = (None, Backoff::default());
             }
             Err(error) => {
@@ -118,15 +123,30 @@ impl Checkpoints {
     }
 }
 
-/// Writes a checkpoint of what is before object `seq`, then deletes what it makes superfluous. Returns its size, bytes.
-async fn shorten(engine: Arc<Engine>, root: RootKey, trimmed: u64, seq: u64) -> Result<usize, BeginError> {
+/// What came of a checkpoint.
+struct Shortened {
+    /// Its size.
+    bytes: usize,
+    /// The object before this one is the first that is left.
+    trimmed: u64,
+}
+
+/// Writes a checkpoint of what is before object `seq`, then deletes what it makes superfluous. What cannot be deleted now
+/// is left to the next one.
+async fn shorten(
+    engine: Arc<Engine>,
+    root: RootKey,
+    seq: u64,
+    attempt: u64,
+    trimmed: u64,
+) -> Result<Shortened, BeginError> {
     let store = engine.open_store(&root)?;
     let own = engine.shippers.incarnation.as_str();
-    let mut bytes = 0;
+    let (mut bytes, mut complete) = (0, None);
     if engine.storages.ships_rows(&engine.catalog.current(), &root) {
         let (reading, of) = (Arc::clone(&engine), root.clone());
         let mut ids = tokio::task::spawn_blocking(move || reading.instances_in(&of)).await??.into_iter();
-        let mut writer = CheckpointWriter::new(store.as_ref(), own, seq);
+        let mut writer = CheckpointWriter::new(store.as_ref(), own, seq, attempt);
         loop {
             if engine.stop.is_cancelled() {
                 return Err("the process is stopping".into());
@@ -142,16 +162,27 @@ async fn shorten(engine: Arc<Engine>, root: RootKey, trimmed: u64, seq: u64) -> 
             writer.part(part).await?;
             crash::point("checkpoint.part");
         }
-        let checkpoint = writer.finish().await?;
+        complete = Some(writer.finish().await?);
         crash::point("checkpoint.complete");
-        checkpoint.delete_others(store.as_ref()).await?;
-        engine.metrics.checkpoints.inc();
     }
-    // The last object stays: so a reader that begins too early notices.
-    stream::trim(store.as_ref(), own, trimmed.saturating_sub(1), seq.saturating_sub(1)).await?;
-    crash::point("checkpoint.trimmed");
-    trim_former(store.as_ref(), own).await?;
-    Ok(bytes)
+    let deleting = async {
+        if let Some(complete) = &complete {
+            complete.delete_others(store.as_ref()).await?;
+        }
+        // The last object stays: so a reader that begins too early notices.
+        stream::trim(store.as_ref(), own, trimmed.saturating_sub(1), seq.saturating_sub(1)).await?;
+        crash::point("checkpoint.trimmed");
+        if attempt == 1 { trim_former(store.as_ref(), own).await } else { Ok(()) }
+    };
+    let deleted = deleting.await;
+    engine.metrics.checkpoints.inc_by(u64::from(complete.is_some()));
+    match deleted {
+        Ok(()) => Ok(Shortened { bytes, trimmed: seq }),
+        Err(error) => {
+            tracing::warn!(storage = %root, error = %Chain(error.as_ref()), "old parts of the commit stream are left for now");
+            Ok(Shortened { bytes, trimmed })
+        }
+    }
 }
 
 /// Deletes what former processes left, but their fences.
@@ -167,11 +198,15 @@ async fn trim_former(store: &dyn ObjectStore, own: &str) -> Result<(), BeginErro
 }
 
 impl Engine {
-    /// All instances whose data lies in `root`. Blocking.
+    /// All instances whose data lies where `root` lies: other storages may share its place. Blocking.
     fn instances_in(&self, root: &RootKey) -> Result<BTreeSet<InstanceId>, BeginError> {
         let catalog = self.catalog.current();
+        let place = self.storages.place(&catalog, root).ok_or_else(|| StoragesError::Unknown(root.clone()))?;
         let here = |id: &InstanceId| {
-            catalog.table_by_id(id.table).is_some_and(|table| RootKey::of(&table.location) == *root)
+            let table = catalog.table_by_id(id.table);
+            table
+                .and_then(|table| self.storages.place(&catalog, &RootKey::of(&table.location)))
+                .is_some_and(|at| at == place)
         };
         let dirty = self.buffer.dirty().into_iter().map(|(id, _)| id);
         Ok(self.buffer.published()?.into_iter().chain(dirty).filter(here).collect())

@@ -137,6 +137,9 @@ impl Engine {
         let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
             return Err(FlushError::TableGone);
         };
+        let root = RootKey::of(&table.location);
+        // Before the view is taken: this may publish what a former process committed.
+        self.open_stream(&root).await?;
         let view = Arc::clone(&instance.current.read().view);
         self.check_owner(&table, id, &view)?;
         let Choice { files, deleted_until_us } = choose(&view.manifest.files, deleted_until(&table, now_us()), all);
@@ -149,8 +152,6 @@ impl Engine {
         {
             return Err(FlushError::NewerRows { found, known: table.schema_version });
         }
-        let root = RootKey::of(&table.location);
-        self.open_stream(&root).await?;
         let merged = self.merge(&table, id, &root, u64::from(view.flushed.0), &files, deleted_until_us).await?;
         crash::point("compact.merged");
         let add = match merged {

@@ -190,12 +190,22 @@ impl Engine {
     async fn end_all(&self, store: &dyn ObjectStore) -> Result<Source, BeginError> {
         let own = self.shippers.incarnation.as_str();
         let mut source = Source { checkpoint: None, streams: Vec::new() };
-        for incarnation in stream::incarnations(store).await?.into_iter().filter(|name| name != own) {
+        let mut left: BTreeSet<String> =
+            stream::incarnations(store).await?.into_iter().filter(|name| name != own).collect();
+        while let Some(incarnation) = left.pop_first() {
             if incarnation.as_str() > own {
-                return Err(format!("the clock is behind that of process `{incarnation}`, which came before").into());
+                self.shippers.note_name(&incarnation)?;
+                let why = format!(
+                    "the clock is behind that of process `{incarnation}`, which came before: start this pod again"
+                );
+                return Err(why.into());
             }
             let last = stream::last(store, &incarnation).await?.unwrap_or(1);
             let fence = stream::fence(store, &incarnation, last, own).await?;
+            if fence.by != own {
+                // It may live, and have nothing of its own yet.
+                left.insert(fence.by);
+            }
             let mut from = 1;
             if let Some(checkpoint) = checkpoint::newest(store, &incarnation).await? {
                 from = checkpoint.seq;

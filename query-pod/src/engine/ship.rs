@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kalamdb_model::{InstanceId, StorageName};
@@ -212,6 +213,10 @@ impl Unshipped {
 /// The stream of one storage.
 #[derive(Clone)]
 struct Running {
+    /// Where the storage lies: one that is declared anew elsewhere is another.
+    place: Option<Arc<str>>,
+    /// Whether it was begun: what former processes stored is applied.
+    open: Arc<AtomicBool>,
     queue: mpsc::Sender<Request>,
     unshipped: Arc<Unshipped>,
     /// One permit for each byte of statements that wait.
@@ -226,12 +231,15 @@ pub(super) struct Shippers {
 }
 
 const STATE: &str = "stream/";
+/// Names of other processes that ours must be above.
+const NAMES: &str = "process/";
 
 impl Shippers {
     pub(super) fn new(buffer: WriteBuffer) -> Result<Self, ReadError> {
         // Incarnations rise, whatever the clock does: rebuilding goes by their order.
-        let last = buffer.state_scan(STATE)?.into_iter().filter_map(|(key, _)| key.rsplit_once('/').map(|(_, name)| name.to_owned()));
-        let incarnation = next_incarnation(last.max().as_deref());
+        let noted = buffer.state_scan(STATE)?.into_iter().chain(buffer.state_scan(NAMES)?);
+        let names = noted.filter_map(|(key, _)| key.rsplit_once('/').map(|(_, name)| name.to_owned()));
+        let incarnation = next_incarnation(names.max().as_deref());
         Ok(Self { buffer, incarnation, running: Mutex::default() })
     }
 
@@ -252,6 +260,11 @@ impl Shippers {
     /// Takes note that everything before object `seq` of a stream is published here.
     pub(super) fn note(&self, root: &RootKey, incarnation: &str, seq: u64) -> Result<(), ReadError> {
         self.buffer.state_put(&format!("{}{incarnation}", Self::state_prefix(root)), seq.to_string().as_bytes())
+    }
+
+    /// Takes note of a name that the next process's must be above.
+    pub(super) fn note_name(&self, incarnation: &str) -> Result<(), ReadError> {
+        self.buffer.state_put(&format!("{NAMES}{incarnation}"), b"1")
     }
 
     pub(super) fn forget(&self, root: &RootKey, incarnation: &str) -> Result<(), ReadError> {
@@ -321,8 +334,7 @@ impl Engine {
         let bytes: usize = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
         let room = tokio::time::timeout(ROOM_WAIT, self.running(root).room.acquire_many_owned(bytes)).await;
-        let _room: OwnedSemaphorePermit =
-            room.map_err(|_| ShipError::Waiting)?.map_err(|_| ShipError::Stopping)?;
+        let _room: OwnedSemaphorePermit = room.map_err(|_| ShipError::Waiting)?.map_err(|_| ShipError::Stopping)?;
         self.request(root, Asked { rows: Some((instance, rows)), ..Asked::default() }).await
     }
 
@@ -347,14 +359,34 @@ impl Engine {
     }
 
     fn running(self: &Arc<Self>, root: &RootKey) -> Running {
+        let place = self.storages.place(&self.catalog.current(), root);
         let mut running = self.shippers.running.lock();
-        let start = || {
-            let (queue, receiver) = mpsc::channel(QUEUE_MAX);
-            let unshipped = Arc::<Unshipped>::default();
-            self.spawn(run(Arc::clone(self), root.clone(), receiver, Arc::clone(&unshipped)));
-            Running { queue, unshipped, room: Arc::new(Semaphore::new(STATEMENTS_BYTES_MAX as usize)) }
-        };
-        running.entry(root.clone()).or_insert_with(start).clone()
+        if let Some(known) = running.get(root)
+            && (place.is_none() || known.place.is_none() || known.place == place)
+        {
+            return known.clone();
+        }
+        let (queue, receiver) = mpsc::channel(QUEUE_MAX);
+        let (unshipped, open) = (Arc::<Unshipped>::default(), Arc::<AtomicBool>::default());
+        self.spawn(run(Arc::clone(self), root.clone(), receiver, Arc::clone(&unshipped), Arc::clone(&open)));
+        let room = Arc::new(Semaphore::new(STATEMENTS_BYTES_MAX as usize));
+        let new = Running { place, open, queue, unshipped, room };
+        running.insert(root.clone(), new.clone());
+        new
+    }
+
+    /// Another storage that lies at the same place as `root`, and has its stream open.
+    pub(super) fn shares_place(&self, root: &RootKey) -> Option<RootKey> {
+        let running = self.shippers.running.lock();
+        let place = running.get(root)?.place.clone()?;
+        let mut others = running.iter().filter(|(other, _)| *other != root);
+        let same = others.find(|(_, it)| it.open.load(Ordering::Acquire) && it.place.as_ref() == Some(&place));
+        same.map(|(other, _)| other.clone())
+    }
+
+    /// Whether all that former processes stored in `root` is applied.
+    pub(super) fn is_open(self: &Arc<Self>, root: &RootKey) -> bool {
+        self.running(root).open.load(Ordering::Acquire)
     }
 
     async fn request(self: &Arc<Self>, root: &RootKey, asked: Asked) -> Result<(), ShipError> {
@@ -377,10 +409,23 @@ impl Engine {
     }
 }
 
-async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Request>, unshipped: Arc<Unshipped>) {
+async fn run(
+    engine: Arc<Engine>,
+    root: RootKey,
+    mut queue: mpsc::Receiver<Request>,
+    unshipped: Arc<Unshipped>,
+    open: Arc<AtomicBool>,
+) {
     let Ok(mut stream) = begin::open(&engine, &root).await else { return };
     let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
+    // Before the first checkpoint: who looks for processes looks for their streams.
+    if engine.storages.ships_rows(&engine.catalog.current(), &root)
+        && append(&engine, &root, &mut stream, Arc::default()).await.is_err()
+    {
+        return;
+    }
     checkpoints.start(stream.next_seq());
+    open.store(true, Ordering::Release);
     loop {
         let first = tokio::select! {
             biased;
@@ -407,8 +452,13 @@ async fn run(engine: Arc<Engine>, root: RootKey, mut queue: mpsc::Receiver<Reque
             checkpoints.start(stream.next_seq());
         }
     }
-    let last = round(&engine, &root, &mut stream, &unshipped, Vec::new(), &mut checkpoints);
-    if tokio::time::timeout(LAST_WAIT, last).await.is_err() {
+    let last = async {
+        while unshipped.bytes() > 0 {
+            round(&engine, &root, &mut stream, &unshipped, Vec::new(), &mut checkpoints).await?;
+        }
+        Ok::<_, ShipError>(())
+    };
+    if !matches!(tokio::time::timeout(LAST_WAIT, last).await, Ok(Ok(()))) {
         tracing::warn!(storage = %root, "stopping although the storage does not have the last rows; they are on this disk");
     }
 }
@@ -450,36 +500,70 @@ async fn round(
     }
     let taken = unshipped.take(ROUND_BYTES_MAX);
     round.rows.extend(taken);
-    let outcome = if round == Round::default() { Ok(()) } else { commit(engine, root, stream, round, checkpoints).await };
-    if outcome.is_err() {
+    let (edits, bytes) = (round.edits.clone(), round.rows.iter().map(bytes_of).sum());
+    let nothing = round == Round::default();
+    let appended = if nothing { Ok(()) } else { append(engine, root, stream, Arc::new(round)).await };
+    if let Err(error) = appended {
         unshipped.note_loss();
+        let told = statements.into_iter().map(|statement| statement.done).chain(waiting);
+        told.for_each(|done| _ = done.send(Err(error.clone())));
+        return if matches!(error, ShipError::Stopping | ShipError::Disowned(_)) { Err(error) } else { Ok(()) };
     }
-    let mut applying = JoinSet::new();
-    for Statement { instance, rows, stamps, done } in statements {
-        let (engine, outcome) = (Arc::clone(engine), outcome.clone());
-        applying.spawn(async move {
-            let outcome = match outcome {
-                Ok(()) => apply(&engine, instance, rows, stamps).await,
-                Err(error) => Err(error),
-            };
-            let _ = done.send(outcome);
-        });
+    if !nothing {
+        checkpoints.count(bytes);
+        crash::point("flush.committed");
     }
-    while applying.join_next().await.is_some() {}
-    if outcome.is_ok() {
+    let published = engine.publish_all(root, edits).await;
+    // What is stored and not applied comes back with the next start; whoever waits for it is not told that it is not there.
+    let applied = if published.is_ok() { apply_all(engine, statements).await } else { Err(ShipError::Stopping) };
+    let outcome = published.and(applied);
+    match &outcome {
         // Everything before the next object is published here, so a later start need not look at it.
-        if let Err(error) = engine.shippers.note(root, &engine.shippers.incarnation, stream.next_seq()) {
-            tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
+        Ok(()) if !nothing => {
+            if let Err(error) = engine.shippers.note(root, &engine.shippers.incarnation, stream.next_seq()) {
+                tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
+            }
+        }
+        Ok(()) => {}
+        // No further round may pass over it.
+        Err(error) => {
+            tracing::error!(storage = %root, error = %Chain(error), "the commit stream rests until this pod is started again");
+            engine.broken.store(true, Ordering::Release);
         }
     }
     for done in waiting {
         // The flush may have been given up; its edit is published all the same.
         let _ = done.send(outcome.clone());
     }
-    match outcome {
-        Err(error @ (ShipError::Stopping | ShipError::Disowned(_))) => Err(error),
-        _ => Ok(()),
+    outcome
+}
+
+/// Applies statements that are stored: those of one instance in their order, those of different ones at once.
+async fn apply_all(engine: &Arc<Engine>, statements: Vec<Statement>) -> Result<(), ShipError> {
+    let mut of_instances: HashMap<InstanceId, Vec<Statement>> = HashMap::new();
+    for statement in statements {
+        of_instances.entry(statement.instance.clone()).or_default().push(statement);
     }
+    let mut applying = JoinSet::new();
+    for statements in of_instances.into_values() {
+        let engine = Arc::clone(engine);
+        applying.spawn(async move {
+            let mut outcome = Ok(());
+            for Statement { instance, rows, stamps, done } in statements {
+                if outcome.is_ok() {
+                    outcome = apply(&engine, instance, rows, stamps).await;
+                }
+                // Whoever asked may be gone.
+                let _ = done.send(outcome.clone());
+            }
+            outcome
+        });
+    }
+    let mut outcome = Ok(());
+    while let Some(applied) = applying.join_next().await {
+        outcome = outcome.and(applied.unwrap_or(Err(ShipError::Stopping)));
+    }
+    outcome
 }
 
 /// Settles `_seq` and `_updated` of rows that are stored before they are applied. Only a round does so, one at a time, and
@@ -502,12 +586,7 @@ fn stamp(
 }
 
 /// Applies rows that are stored. They must not be given up for a queue that is full.
-async fn apply(
-    engine: &Engine,
-    instance: InstanceId,
-    rows: Vec<EncodedRow>,
-    stamps: Stamps,
-) -> Result<(), ShipError> {
+async fn apply(engine: &Engine, instance: InstanceId, rows: Vec<EncodedRow>, stamps: Stamps) -> Result<(), ShipError> {
     let mut backoff = Backoff::default();
     loop {
         match engine.buffer.commit_stamped(instance.clone(), rows.clone(), stamps).await {
@@ -522,18 +601,17 @@ async fn apply(
     }
 }
 
-async fn commit(
+/// Stores `round`, for as long as it takes.
+async fn append(
     engine: &Arc<Engine>,
     root: &RootKey,
     stream: &mut StreamWriter,
-    round: Round,
-    checkpoints: &mut Checkpoints,
+    round: Arc<Round>,
 ) -> Result<(), ShipError> {
-    let round = Arc::new(round);
     let mut backoff = Backoff::default();
     loop {
         match stream.append(&round).await {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(error @ (StreamError::Fenced { .. } | StreamError::Foreign { .. })) => {
                 tracing::error!(storage = %root, error = %Chain(&error), "the commit stream was ended");
                 return Err(engine.disown(Disowned::Fenced).into());
@@ -548,10 +626,6 @@ async fn commit(
             stream.use_store(store);
         }
     }
-    checkpoints.count(round.rows.iter().map(bytes_of).sum());
-    crash::point("flush.committed");
-    let edits = round.edits.clone();
-    engine.publish_all(root, edits).await
 }
 
 /// Doubling waits with jitter.
@@ -576,7 +650,7 @@ mod tests {
     fn incarnations_rise_even_if_the_clock_steps_back() {
         let future = ulid::Ulid::from_parts(u64::MAX >> 17, 7).to_string().to_ascii_lowercase();
         assert!(next_incarnation(Some(&future)) > future);
-        assert!(next_incarnation(Some("not one")) > "0".to_owned());
+        assert!(next_incarnation(Some("not one")).as_str() > "0");
         let now = next_incarnation(None);
         assert!(next_incarnation(Some(&now)) > now);
     }

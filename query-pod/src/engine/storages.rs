@@ -164,6 +164,13 @@ impl Storages {
         self.open(snapshot, key, Use::Again)
     }
 
+    /// What names the place of `key`; `None` if it is not known.
+    pub(super) fn place(&self, snapshot: &Snapshot, key: &RootKey) -> Option<Arc<str>> {
+        let entry = snapshot.catalog.storages.get(&key.storage)?;
+        let (holder, path) = entry.roots.get(&key.root)?.place();
+        Some(format!("{holder}/{}", path.trim_matches('/')).into())
+    }
+
     /// Whether the commit stream of `key` carries rows: not if it lies on the pod's own disk, with which they would be
     /// lost, too.
     pub(super) fn ships_rows(&self, snapshot: &Snapshot, key: &RootKey) -> bool {

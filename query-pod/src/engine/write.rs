@@ -124,8 +124,14 @@ impl Engine {
     }
 
     async fn writable(self: &Arc<Self>, table: &TableEntry, owner: &Owner) -> Result<Arc<Instance>, WriteError> {
+        let root = RootKey::of(&table.location);
         self.check_owned()?;
-        self.check_rebuilt(&RootKey::of(&table.location)).await?;
+        self.check_rebuilt(&root).await?;
+        // Rows that a former process stored, and did not apply, must not appear beneath a statement that has looked.
+        if self.stores_first(table) && !self.is_open(&root) {
+            let opened = tokio::time::timeout(HOLD_WAIT, self.open_stream(&root)).await;
+            opened.map_err(|_| ShipError::Waiting)??;
+        }
         Ok(self.instances.get(&Self::instance_id(table, owner))?)
     }
 

@@ -18,11 +18,9 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         ),
         WriteError::Disowned(_) => not_owner(),
         WriteError::Rebuilding(error) => rebuilding(&error),
-        error @ WriteError::Held => ApiError::new(
-            Kind::Busy,
-            "WRITES_BUSY",
-            format!("{error}; nothing was written, send the request again"),
-        ),
+        error @ WriteError::Held => {
+            ApiError::new(Kind::Busy, "WRITES_BUSY", format!("{error}; nothing was written, send the request again"))
+        }
         WriteError::Ship(error) => of_ship(error),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Read(ReadError::Storage(error)) => of_storage(&error),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
-use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, files_below};
+use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
 use serde_json::{Value, json};
 
 use crate::{BINARY, returns, rows, user_table};
@@ -148,7 +148,13 @@ mod s3 {
         pod.stop().await?;
         between(&home.data_dir().join("cache"))?;
         *pod = home.start().await?;
-        Ok(())
+        settled(pod).await
+    }
+
+    /// Waits until the process has written the checkpoint with which it begins: that lists.
+    async fn settled(pod: &Pod) -> anyhow::Result<()> {
+        let written = async || Ok(pod.get("/metrics").await?.1.contains("kalamdb_checkpoints_total 1\n"));
+        eventually("the first checkpoint is written", written).await
     }
 
     fn emptied(cache: &Path) -> anyhow::Result<()> {
@@ -164,6 +170,7 @@ mod s3 {
         for (table, rows, length, _) in tables {
             insert(&pod, table, 0..rows, length).await?;
             flush(&pod, table).await?;
+            settled(&pod).await?;
             // What was uploaded is there already.
             let select = format!("SELECT body FROM app.{table} WHERE id = $1");
             let (found, gets) = counted(&pod, &select, json!([key(table, 500)])).await?;

@@ -142,7 +142,9 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
         remove: vec![],
         replace: BTreeMap::new(),
     };
-    StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2).append(&Arc::new(Round { edits: vec![edit], rows: vec![] })).await?;
+    StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2)
+        .append(&Arc::new(Round { edits: vec![edit], rows: vec![] }))
+        .await?;
     let (engine, _) = world.open()?;
     engine.open_known_streams(PATIENCE).await?;
     ensure!(matches!(engine.disowned(), Some(Disowned::OlderCopy { .. })), "{:?}", engine.disowned());
@@ -157,7 +159,10 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
     })?;
     ensure!(rows == 1, "the row that no file holds is gone");
     let last = stream::last(world.truth.as_ref(), &incarnation).await?.context("its objects")?;
-    ensure!(!stream::is_fence(world.truth.as_ref(), &incarnation, last).await?, "an older copy locked the newest one out");
+    ensure!(
+        !stream::is_fence(world.truth.as_ref(), &incarnation, last).await?,
+        "an older copy locked the newest one out"
+    );
     Ok(())
 }
 

@@ -104,15 +104,16 @@ async fn shipped(engine: &Arc<Engine>) -> anyhow::Result<()> {
 }
 
 /// Volumes are lost and processes restarted in turns, over a store that fails in between.
-async fn lose_volumes(manifests: &str, rates: Rates, seed: u64) -> anyhow::Result<()> {
+async fn lose_volumes(manifests: &str, rates: Rates, seed: u64, turns: u32) -> anyhow::Result<()> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut world = World::new(seed, rates)?;
     let mut model: Model = vec![BTreeMap::new(); USERS.len()];
-    for turn in 0..6 {
+    for turn in 0..turns {
         let what = format!("seed {seed}, turn {turn}");
         let (engine, table) = world.open_with(manifests)?;
         agrees(&format!("{what}, at the start"), &world, &engine, &table, &model).await?;
-        for _ in 0..random.random_range(1..4) {
+        // Now and then a process writes nothing at all.
+        for _ in 0..random.random_range(0..4) {
             work(&mut random, &engine, &table, &mut model).await?;
             agrees(&what, &world, &engine, &table, &model).await?;
         }
@@ -136,17 +137,17 @@ fn seed() -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_shipped_comes_back_on_an_empty_disk() -> anyhow::Result<()> {
     for seed in seed()..seed() + 3 {
-        lose_volumes(&remote(), Rates::default(), seed).await?;
-        lose_volumes(&stored_first(), Rates::default(), seed).await?;
+        lose_volumes(&remote(), Rates::default(), seed, 8).await?;
+        lose_volumes(&stored_first(), Rates::default(), seed, 8).await?;
     }
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_comes_back_over_a_store_that_fails_before_and_after_success() -> anyhow::Result<()> {
-    let rates = Rates { before: 0.1, after: 0.1, other: 0.05 };
-    lose_volumes(&remote(), rates, seed()).await?;
-    lose_volumes(&stored_first(), rates, seed() + 1).await
+    let rates = Rates { before: 0.1, after: 0.1, other: 0.03 };
+    lose_volumes(&remote(), rates, seed(), 3).await?;
+    lose_volumes(&stored_first(), rates, seed() + 1, 3).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -180,6 +181,60 @@ async fn rows_that_are_stored_first_are_visible_and_acknowledged_only_then() -> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_idle_process_took_over_is_there_after_the_loss_of_its_volume() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open_with(&remote())?;
+    insert(&engine, &table, &owner, 1).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(8)).await;
+    drop(engine);
+    // It writes nothing, and so has nothing but a checkpoint, which took the place of its predecessor's stream.
+    let (idle, table) = world.open_with(&remote())?;
+    idle.open_known_streams(PATIENCE).await?;
+    eventually("its checkpoint has replaced the former stream", async || {
+        Ok(listed(world.truth.as_ref(), "_cluster").await?.len() == 4)
+    })
+    .await?;
+    world.lose_volume()?;
+    let (engine, _) = world.open_with(&remote())?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
+    // The idle one lives, and can store nothing more.
+    let row = message(&table, 2, "late");
+    let _acknowledged_here = idle.write(&table, &owner).await?.insert(vec![row]).await;
+    eventually("it knows that it was succeeded", async || Ok(idle.disowned() == Some(&Disowned::Fenced))).await?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
+    idle.close(Duration::from_secs(5)).await;
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_rows_at_once_that_are_stored_first_are_applied_in_their_order() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open_with(&stored_first())?;
+    let mut inserts = tokio::task::JoinSet::new();
+    for id in 0..400 {
+        let (engine, table, owner) = (Arc::clone(&engine), Arc::clone(&table), owner.clone());
+        inserts.spawn(async move {
+            let row = message(&table, id, "generated");
+            engine.append(&table, &owner).await?.insert(vec![row]).await
+        });
+    }
+    while let Some(inserted) = inserts.join_next().await {
+        ensure!(inserted?? == 1);
+    }
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 400);
+    world.lose_volume()?;
+    let (successor, table) = world.open_with(&stored_first())?;
+    ensure!(contents(&world, &successor, &table, &owner).await?.len() == 400);
+    engine.close(Duration::from_secs(1)).await;
+    successor.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storage_that_is_not_read_back_yet_answers_with_an_error_and_never_short() -> anyhow::Result<()> {
     let mut world = World::new(1, Rates::default())?;
     let (engine, table) = world.open_with(&remote())?;
@@ -201,7 +256,8 @@ async fn a_storage_that_is_not_read_back_yet_answers_with_an_error_and_never_sho
     engine.open_known_streams(Duration::from_millis(1)).await?;
     ensure!(matches!(engine.read(&table, &owner, vec![0], None).await, Err(ReadError::Rebuilding(_))));
     world.faults.set_down(false);
-    eventually("the storage is read back", async || Ok(engine.read(&table, &owner, vec![0], None).await.is_ok())).await?;
+    eventually("the storage is read back", async || Ok(engine.read(&table, &owner, vec![0], None).await.is_ok()))
+        .await?;
     ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
     engine.close(Duration::from_secs(5)).await;
     Ok(())
@@ -239,6 +295,15 @@ async fn listed(store: &dyn ObjectStore, prefix: &str) -> anyhow::Result<Vec<Str
     Ok(store.list(Some(&prefix)).map_ok(|meta| meta.location.to_string()).try_collect().await?)
 }
 
+/// Which checkpoints of a stream are complete.
+async fn attempts(store: &dyn ObjectStore, incarnation: &str) -> anyhow::Result<Vec<String>> {
+    let listed = listed(store, paths::checkpoints_prefix(incarnation).as_ref()).await?;
+    let names = listed.iter().filter_map(|path| paths::checkpoint_name(&object_store::path::Path::from(path.as_str())));
+    let mut attempts: Vec<String> = names.map(|(_, attempt)| attempt).collect();
+    attempts.sort_unstable();
+    Ok(attempts)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_takes_the_place_of_all_that_came_before() -> anyhow::Result<()> {
     let world = World::new(1, Rates::default())?;
@@ -261,7 +326,7 @@ async fn a_checkpoint_takes_the_place_of_all_that_came_before() -> anyhow::Resul
         for incarnation in &incarnations[..incarnations.len() - 1] {
             left.extend(listed(world.truth.as_ref(), paths::stream_prefix(incarnation).as_ref()).await?);
         }
-        Ok((incarnations.len(), left))
+        anyhow::Ok((incarnations.len(), left))
     };
     eventually("only fences are left of former streams", async || {
         let (count, left) = former().await?;
@@ -292,13 +357,13 @@ async fn a_checkpoint_that_fails_is_written_again_and_nothing_is_deleted_for_hal
     shipped(&engine).await?;
     engine.close(Duration::from_secs(5)).await;
     drop(engine);
-    // The fence passes, the part does not.
-    world.faults.script([None, Some(Fault::Garbled)]);
+    // The fence and the first object pass, the part of the checkpoint does not.
+    world.faults.script([None, None, Some(Fault::Garbled)]);
     let (engine, _) = world.open_with(&remote())?;
     engine.open_known_streams(PATIENCE).await?;
-    eventually("a checkpoint is complete", async || {
-        let listed = listed(world.truth.as_ref(), "_cluster/checkpoint").await?;
-        Ok(listed.iter().any(|path| paths::checkpoint_name(&object_store::path::Path::from(path.as_str())).is_some()))
+    let own = stream::incarnations(world.truth.as_ref()).await?.pop().context("its stream")?;
+    eventually("its checkpoint is complete, at the second attempt", async || {
+        Ok(attempts(world.truth.as_ref(), &own).await? == ["0000000002"])
     })
     .await?;
     engine.close(Duration::from_secs(5)).await;
@@ -319,9 +384,10 @@ async fn a_stream_on_the_pods_own_disk_carries_no_rows_and_does_not_grow_for_eve
         insert(&engine, &table, &owner, id).await?;
         engine.flush(&Engine::instance_id(&table, &owner)).await?;
     }
-    eventually("old objects are gone", async || {
-        Ok(listed(world.truth.as_ref(), "_cluster/stream").await?.len() <= 130)
-    })
+    eventually(
+        "old objects are gone",
+        async || Ok(listed(world.truth.as_ref(), "_cluster/stream").await?.len() <= 130),
+    )
     .await?;
     ensure!(listed(world.truth.as_ref(), "_cluster/checkpoint").await?.is_empty());
     engine.close(Duration::from_secs(5)).await;
@@ -353,18 +419,19 @@ async fn no_object_of_a_storage_holds_a_value_of_a_user_whose_data_lies_in_anoth
              flushPolicy: {{rows: 100000, interval: 24h}}\n"
         )
     };
-    let namespace = "---\napiVersion: kalamdb.org/v1alpha1\nkind: Namespace\nmetadata: {name: app}\nspec: {defaultStorage: here}\n";
+    let namespace =
+        "---\napiVersion: kalamdb.org/v1alpha1\nkind: Namespace\nmetadata: {name: app}\nspec: {defaultStorage: here}\n";
     let manifests = [
         storage("here", here.path()),
         storage("there", there.path()),
         namespace.to_owned(),
         table("near", "here", "local"),
-        table("near_first", "here", "objectStore"),
+        table("first", "here", "objectStore"),
         table("far", "there", "local"),
     ];
     let home = Home::new(BINARY, &manifests.concat())?;
     let mut pod = home.start().await?;
-    for (table, canary) in [("near", "canary-near"), ("near_first", "canary-near"), ("far", "canary-far")] {
+    for (table, canary) in [("near", "canary-near"), ("first", "canary-near"), ("far", "canary-far")] {
         for (at, user) in ["alice", "bob"].into_iter().enumerate() {
             let insert = format!("INSERT INTO app.{table} VALUES ($1, $2)");
             pod.run(user, &insert, json!([at, format!("{canary}-{user}")])).await?;
@@ -377,12 +444,18 @@ async fn no_object_of_a_storage_holds_a_value_of_a_user_whose_data_lies_in_anoth
     // With the rows of a checkpoint, too.
     let pod = home.start().await?;
     pod.run("alice", "INSERT INTO app.far VALUES (9, 'canary-far-alice')", json!([])).await?;
-    eventually("all rows are shipped", async || Ok(pod.get("/metrics").await?.1.contains("kalamdb_checkpoints_total 2\n"))).await?;
+    eventually("all rows are shipped", async || {
+        Ok(pod.get("/metrics").await?.1.contains("kalamdb_checkpoints_total 2\n"))
+    })
+    .await?;
     let holds = |root: &std::path::Path, text: &str| {
         let found = std::process::Command::new("grep").args(["-rlaF", text]).arg(root).output()?;
         anyhow::Ok(String::from_utf8(found.stdout)?.lines().map(str::to_owned).collect::<Vec<_>>())
     };
-    ensure!(!holds(here.path(), "canary-near-alice")?.is_empty(), "unflushed rows are not in the stream of their storage");
+    ensure!(
+        !holds(here.path(), "canary-near-alice")?.is_empty(),
+        "unflushed rows are not in the stream of their storage"
+    );
     ensure!(!holds(there.path(), "canary-far-alice")?.is_empty());
     ensure!(holds(here.path(), "canary-far")?.is_empty() && holds(there.path(), "canary-near")?.is_empty());
     // A flushed file is compressed, and lies below its user's prefix; everything else is the cluster's.
@@ -392,15 +465,11 @@ async fn no_object_of_a_storage_holds_a_value_of_a_user_whose_data_lies_in_anoth
     Ok(())
 }
 
-fn owner_of(name: &str) -> anyhow::Result<Owner> {
-    user(name)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_wait_for_a_storage_stay_bounded_and_all_of_them_arrive() -> anyhow::Result<()> {
     let mut world = World::new(1, Rates::default())?;
     let (engine, table) = world.open_with(&remote())?;
-    let owners: Vec<Owner> = ["a", "b", "c"].into_iter().map(owner_of).collect::<Result<_, _>>()?;
+    let owners: Vec<Owner> = ["a", "b", "c"].into_iter().map(user).collect::<Result<_, _>>()?;
     insert(&engine, &table, &owners[0], 0).await?;
     shipped(&engine).await?;
     world.faults.set_down(true);
@@ -413,9 +482,9 @@ async fn rows_that_wait_for_a_storage_stay_bounded_and_all_of_them_arrive() -> a
     ensure!(engine.unshipped_bytes() <= 64 << 20, "{} bytes wait", engine.unshipped_bytes());
     world.faults.set_down(false);
     shipped(&engine).await?;
-    eventually("what was left out is in a checkpoint", async || {
-        let listed = listed(world.truth.as_ref(), "_cluster/checkpoint").await?;
-        Ok(listed.len() > 10)
+    let own = stream::incarnations(world.truth.as_ref()).await?.pop().context("its stream")?;
+    eventually("what was left out is in a second checkpoint", async || {
+        Ok(attempts(world.truth.as_ref(), &own).await?.last().is_some_and(|attempt| attempt != "0000000001"))
     })
     .await?;
     engine.close(Duration::from_secs(8)).await;

@@ -97,7 +97,12 @@ pub async fn insert(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner
 }
 
 /// Every id that a reader sees, buffered or in files, with repetitions.
-pub async fn seen(world: &World, engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<Vec<i64>> {
+pub async fn seen(
+    world: &World,
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    owner: &Owner,
+) -> anyhow::Result<Vec<i64>> {
     let ids = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().values().to_vec();
     let rows = engine.read(table, owner, vec![0], None).await?;
     ensure!(rows.root == RootKey::of(&table.location));

@@ -10,10 +10,10 @@ use kalamdb_table_store::{CatalogLog, Create, CreateError, StreamError, StreamWr
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 
-use crate::streams::{replayed, round};
 use crate::backend::{Store, memory};
 use crate::fault_store::{Fault, FaultStore, GARBLED, Rates};
 use crate::sample::{catalog, edit};
+use crate::streams::{replayed, round};
 
 /// Every second put fails somehow, every fifth other call too: far worse than any store, so that retries run out.
 const BAD: Rates = Rates { before: 0.25, after: 0.25, other: 0.2 };

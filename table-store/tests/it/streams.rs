@@ -35,7 +35,10 @@ pub async fn what_is_appended_is_replayed_in_order(store: Store) {
     assert_eq!(fence, Fence { seq: 3, by: "01B".to_owned() });
     assert_eq!(replayed(&*store, "01A", 0, 3).await, [(0, edit(1)), (0, edit(2)), (1, edit(3))]);
     assert!(matches!(stream::round(&*store, "01A", 3).await, Err(StreamError::Missing { .. })));
-    assert_eq!((stream::is_fence(&*store, "01A", 3).await.unwrap(), stream::is_fence(&*store, "01A", 2).await.unwrap()), (true, false));
+    assert_eq!(
+        (stream::is_fence(&*store, "01A", 3).await.unwrap(), stream::is_fence(&*store, "01A", 2).await.unwrap()),
+        (true, false)
+    );
     assert_eq!(stream::incarnations(&*store).await.unwrap(), ["01A"]);
     stream::trim(&*store, "01A", 0, 2).await.unwrap();
     stream::trim(&*store, "01A", 0, 2).await.unwrap();
