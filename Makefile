@@ -55,7 +55,9 @@ $(DENY)/bin/cargo-deny:
 
 tools: ## installs and builds what tests and cluster need, ahead of time
 	$(CLUSTER)/install.sh build
+	$(CLUSTER)/install.sh test
 	$(CLUSTER)/install.sh cluster
+	e2e/outside/venv.sh
 	for tool in versitygw pause kube; do $(CLUSTER)/build.sh $$tool; done
 
 install:
@@ -68,4 +70,6 @@ build:
 	cargo build --workspace --bins
 
 unit:
-	$(CLUSTER)/s3.sh run cargo test --workspace
+	@$(CLUSTER)/install.sh test
+	python=$$(e2e/outside/venv.sh) && \
+	KALAMDB_TEST_REQUIRE_PYTHON=1 KALAMDB_TEST_PYTHON=$$python $(CLUSTER)/s3.sh run cargo test --workspace

@@ -2,6 +2,7 @@
 # Installs the Debian or Ubuntu packages whose commands are missing; does nothing when all are there.
 #
 #   install.sh build      what compiling and `make run` need
+#   install.sh test       what the tests that need no cluster need besides
 #   install.sh cluster    what the cluster and the S3 servers need besides
 #
 # Not root: prints the line to run, and fails. Rust and Go come from their own installers, not from here.
@@ -33,6 +34,11 @@ build_packages() {
   need ca-certificates has_ca
 }
 
+# Debian's `python3` makes folders for packages only with another package of its own.
+test_packages() {
+  need python3-venv python3 -c 'import venv, ensurepip'
+}
+
 cluster_packages() {
   need containerd has containerd
   need runc has runc
@@ -56,8 +62,9 @@ toolchains() { # COMMAND...
 
 case ${1-} in
   build) toolchains cargo; build_packages ;;
+  test) test_packages ;;
   cluster) toolchains go; cluster_packages ;;
-  *) die "usage: install.sh build|cluster" ;;
+  *) die "usage: install.sh build|test|cluster" ;;
 esac
 [ ${#missing[@]} -gt 0 ] || exit 0
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kalamdb_model::InstanceId;
+use kalamdb_model::{Column, ColumnId, InstanceId};
 use kalamdb_table_store::manifest::{FORMAT, FileEntry};
 use kalamdb_table_store::paths;
 use object_store::{ObjectStoreExt as _, PutPayload};
@@ -25,6 +25,8 @@ struct Described<'a> {
     table: String,
     schema_version: u32,
     at_us: i64,
+    columns: &'a [Column],
+    key: &'a [ColumnId],
     files: &'a [FileEntry],
 }
 
@@ -50,6 +52,8 @@ impl Engine {
             table: table.name.to_string(),
             schema_version: table.schema_version,
             at_us: now_us(),
+            columns: &table.columns,
+            key: &table.key,
             files: &view.manifest.files,
         };
         let text = serde_json::to_vec_pretty(&content).expect("names and numbers always have a JSON form");

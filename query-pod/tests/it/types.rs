@@ -8,7 +8,7 @@ use super::{BINARY, declare, refusal, refused, returns, user_table};
 
 /// Column, type, `data_type` in answers.
 #[rustfmt::skip]
-const COLUMNS: [(&str, &str, &str); 24] = [
+pub const COLUMNS: [(&str, &str, &str); 24] = [
     ("c_bool", "BOOLEAN", r#""Boolean""#), ("c_small", "SMALLINT", r#""SmallInt""#), ("c_int", "INT", r#""Int""#),
     ("c_big", "BIGINT", r#""BigInt""#), ("c_float", "FLOAT", r#""Float""#), ("c_double", "DOUBLE", r#""Double""#),
     ("c_whole", "DECIMAL(38,0)", r#"{"Decimal":{"precision":38,"scale":0}}"#),
@@ -25,7 +25,7 @@ const COLUMNS: [(&str, &str, &str); 24] = [
 
 /// Column, SQL literal, parameter as JSON, what answers hold: all three mean one value.
 #[rustfmt::skip]
-const VALUES: &[(&str, &str, &str, &str)] = &[
+pub const VALUES: &[(&str, &str, &str, &str)] = &[
     ("c_bool", "true", "true", "true"), ("c_bool", "false", "false", "false"),
     ("c_small", "-32768", "-32768", "-32768"), ("c_small", "32767", r#""32767""#, "32767"), ("c_small", "'7'", "7.0", "7"),
     ("c_int", "-2147483648", "-2147483648", "-2147483648"), ("c_int", "2147483647", r#""2147483647""#, "2147483647"),
