@@ -1,7 +1,7 @@
 //! One statement over HTTP, with patience: busy and unreachable servers are asked again, for a bounded time.
 //!
-//! Repeating is safe for what this program sends: reads, flushes, and inserts that bring their own keys, where a repeat of
-//! something that did happen is a 409 `DUPLICATE_KEY`.
+//! Repeating is safe for what this program sends: reads, flushes, deletes, and inserts that bring their own keys, where a
+//! repeat of something that did happen is a 409 `DUPLICATE_KEY`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -15,12 +15,22 @@ const MAY_NAME: [(&str, &[&str]); 10] = [
     ("kalamdb-query-pod", &["datafusion", "axum", "parquet", "object_store", "kube"]),
     ("kalamdb-operator", &["kube", "object_store", "axum"]),
     ("kalamdb-test-support", &["object_store"]),
-    ("kalamdb-bench", &[]),
+    ("kalamdb-bench", &["datafusion", "parquet", "tokio-postgres"]),
     ("kalamdb-e2e", &["kube", "object_store"]),
 ];
 
-const HEAVY: [&str; 9] =
-    ["datafusion", "axum", "rocksdb", "foyer", "parquet", "object_store", "kube", "schemars", "arrow-schema"];
+const HEAVY: [&str; 10] = [
+    "datafusion",
+    "axum",
+    "rocksdb",
+    "foyer",
+    "parquet",
+    "object_store",
+    "kube",
+    "schemars",
+    "arrow-schema",
+    "tokio-postgres",
+];
 
 fn metadata() -> Metadata {
     MetadataCommand::new().other_options(vec!["--locked".to_owned()]).exec().expect("cargo metadata works here")
