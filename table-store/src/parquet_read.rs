@@ -1,6 +1,6 @@
 //! Looks up primary keys in a Parquet file in object storage, reading as little of it as it can.
 //!
-//! Owns: what to skip (whole file and row groups by their key range, all other columns). Does not own: general scans.
+//! Owns: what to skip (whole file, row groups and pages by their key range, all other columns). Does not own: general scans.
 //!
 //! An object that is missing, shorter or other than its manifest entry says is an error, never "no such key".
 
@@ -105,7 +105,7 @@ pub enum ReadError {
         /// How many were asked for.
         expected: u64,
         /// How many there are.
-        found: usize,
+        found: u64,
     },
     /// A column is not the table's.
     #[error("`{path}` does not fit its table")]
@@ -127,8 +127,8 @@ pub enum ReadError {
 
 /// Where in `file` each of `keys` is that it holds, whatever the file's deletion vector says.
 ///
-/// No request when the file's key range holds none of them; else its end, and the key columns of those row groups whose
-/// range does.
+/// No request when the file's key range holds none of them; else its end, and those pages of the key columns whose range
+/// does.
 ///
 /// # Errors
 /// If the file cannot be read whole.
@@ -145,27 +145,33 @@ pub async fn locate_keys(
     }
     let failed = |source| ReadError::File { path: file.path.clone(), source };
     let wrong = |source| ReadError::Key { path: file.path.clone(), source };
+    let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let builder = open(files, file).await?;
-    let groups = groups_with(&builder, table, &missing).map_err(failed)?;
-    let mut positions = rows_of(&builder, &groups);
+    let likely = rows_with(&builder, table, &missing).map_err(failed)?;
+    let other = |found| ReadError::Positions { path: file.path.clone(), expected: likely.len(), found };
+    let mut positions = likely.iter();
     let roots = table.key.iter().filter_map(|id| position(builder.schema(), *id, table.column(*id)?.name.as_str()));
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
-    let reader = builder.with_projection(mask).with_row_groups(groups).with_batch_size(BATCH_ROWS);
+    let reader =
+        builder.with_projection(mask).with_row_selection(likely.only(rows)).with_batch_size(BATCH_ROWS);
     let mut batches = reader.build().map_err(failed)?;
     while let Some(batch) = batches.try_next().await.map_err(failed)? {
         let columns = KeyColumns::find(table, &batch).map_err(wrong)?;
         for row in 0..batch.num_rows() {
             let (key, at) = (columns.key(row).map_err(wrong)?, positions.next());
             if missing.remove(&key) {
-                let at = at.ok_or_else(|| ReadError::TooManyRows { path: file.path.clone() })?;
-                found.insert(key, at);
+                found.insert(key, at.ok_or_else(|| other(likely.len() + 1))?);
             }
         }
         if missing.is_empty() {
-            break;
+            return Ok(found);
         }
     }
-    Ok(found)
+    // A key is only known to be missing when every row was seen that may have it.
+    match positions.count() as u64 {
+        0 => Ok(found),
+        unseen => Err(other(likely.len() - unseen)),
+    }
 }
 
 /// The rows of `file` at `positions`, in file order, with their values in the order of the table's columns.
@@ -195,7 +201,7 @@ pub async fn read_rows(
     if found.len() as u64 == positions.len() {
         Ok(found)
     } else {
-        Err(ReadError::Positions { path: file.path.clone(), expected: positions.len(), found: found.len() })
+        Err(ReadError::Positions { path: file.path.clone(), expected: positions.len(), found: found.len() as u64 })
     }
 }
 
@@ -221,18 +227,6 @@ pub(crate) async fn read_all_but(
     Ok(batches.map_err(failed).boxed())
 }
 
-/// Positions in the file of the rows that reading `groups` gives.
-fn rows_of(
-    builder: &ParquetRecordBatchStreamBuilder<FileReader>,
-    groups: &[usize],
-) -> impl Iterator<Item = u32> + use<> {
-    let counts: Vec<u32> =
-        builder.metadata().row_groups().iter().map(|group| u32::try_from(group.num_rows()).unwrap_or(0)).collect();
-    let first = |group: usize| counts.iter().take(group).copied().fold(0, u32::saturating_add);
-    let ranges: Vec<_> = groups.iter().map(|group| (first(*group), counts.get(*group).copied().unwrap_or(0))).collect();
-    ranges.into_iter().flat_map(|(first, count)| first..first.saturating_add(count))
-}
-
 async fn open(files: &DataFiles, file: &FileEntry) -> Result<ParquetRecordBatchStreamBuilder<FileReader>, ReadError> {
     let path = Path::parse(&file.path).map_err(|source| ReadError::Path { path: file.path.clone(), source })?;
     let builder = ParquetRecordBatchStreamBuilder::new(files.reader(path, file.bytes))
@@ -246,35 +240,81 @@ async fn open(files: &DataFiles, file: &FileEntry) -> Result<ParquetRecordBatchS
     }
 }
 
-/// Row groups that may hold one of `keys`, judged by the range of the first key column. Without statistics: all.
-fn groups_with(
+/// Rows that may have one of `keys`: whole pages, judged by the range of the first key column. Without statistics: all.
+fn rows_with(
     builder: &ParquetRecordBatchStreamBuilder<FileReader>,
     table: &TableEntry,
     keys: &BTreeSet<&Vec<u8>>,
-) -> Result<Vec<usize>, ParquetError> {
-    let groups = builder.metadata().row_groups();
-    let first = table.key.first().and_then(|id| table.column(*id));
-    let Some(column) = first else { return Ok((0..groups.len()).collect()) };
+) -> Result<Positions, ParquetError> {
+    let footer = builder.metadata();
+    let groups = footer.row_groups();
+    let first_key = table.key.first().and_then(|id| table.column(*id));
+    let column = first_key.ok_or_else(|| ParquetError::General(format!("table `{}` has no key", table.name)))?;
     let Some(at) = position(builder.schema(), column.id, column.name.as_str()) else {
         return Err(ArrowError::SchemaError(format!("no column `{}`", column.name)).into());
     };
     let name = builder.schema().field(at).name();
     let statistics = StatisticsConverter::try_new(name, builder.schema(), builder.parquet_schema())?;
-    let (mins, maxes) = (statistics.row_group_mins(groups)?, statistics.row_group_maxes(groups)?);
-    let may_hold = |group: &usize| match (bound(column, &mins, *group), bound(column, &maxes, *group)) {
-        // The first key that is not below the group: the others are above it.
+    let of_groups = (statistics.row_group_mins(groups)?, statistics.row_group_maxes(groups)?);
+    let mut likely = Positions::default();
+    let mut start = 0_u32;
+    for (group, metadata) in groups.iter().enumerate() {
+        let rows = u32::try_from(metadata.num_rows())?;
+        let end = start.checked_add(rows).ok_or_else(|| ParquetError::General("too many rows".to_owned()))?;
+        if may_hold(column, &of_groups, group, keys) {
+            match pages(&statistics, footer, group)? {
+                Some((of_pages, counts)) if counts.iter().sum::<u32>() == rows => {
+                    let mut first = start;
+                    for (page, count) in counts.iter().enumerate() {
+                        if may_hold(column, &of_pages, page, keys) {
+                            likely.insert_range(first..first + count);
+                        }
+                        first += count;
+                    }
+                }
+                _ => likely.insert_range(start..end),
+            }
+        }
+        start = end;
+    }
+    Ok(likely)
+}
+
+/// The least and the greatest values of groups or pages.
+type Bounds = (ArrayRef, ArrayRef);
+
+/// The bounds and row counts of the pages that the column of `statistics` has in `group`, if the file has a page index.
+fn pages(
+    statistics: &StatisticsConverter<'_>,
+    footer: &ParquetMetaData,
+    group: usize,
+) -> Result<Option<(Bounds, Vec<u32>)>, ParquetError> {
+    let (Some(columns), Some(offsets)) = (footer.column_index(), footer.offset_index()) else { return Ok(None) };
+    let Some(counts) = statistics.data_page_row_counts(offsets, footer.row_groups(), [&group])? else {
+        return Ok(None);
+    };
+    let bounds = (
+        statistics.data_page_mins(columns, offsets, [&group])?,
+        statistics.data_page_maxes(columns, offsets, [&group])?,
+    );
+    let counts = counts.values().iter().map(|count| u32::try_from(*count)).collect::<Result<Vec<u32>, _>>()?;
+    Ok(Some((bounds, counts)))
+}
+
+/// Whether the `at`th of `bounds` leaves room for one of `keys`.
+fn may_hold(column: &Column, (mins, maxes): &Bounds, at: usize, keys: &BTreeSet<&Vec<u8>>) -> bool {
+    match (bound(column, mins, at), bound(column, maxes, at)) {
+        // The first key that is not below: the others are further above.
         (Some(min), Some(max)) => {
-            let first = keys.iter().find(|key| ***key >= min);
-            first.is_some_and(|key| **key <= max || key.starts_with(&max))
+            keys.range::<&Vec<u8>, _>(&min..).next().is_some_and(|key| **key <= max || key.starts_with(&max))
         }
         _ => true,
-    };
-    Ok((0..groups.len()).filter(may_hold).collect())
+    }
 }
 
 /// A statistic as the beginning of a key. `None` where there is none, or none that can be used.
-fn bound(column: &Column, values: &ArrayRef, group: usize) -> Option<Vec<u8>> {
-    value(column, values, group).ok().map(|value| key::encode(&[value]))
+fn bound(column: &Column, values: &ArrayRef, at: usize) -> Option<Vec<u8>> {
+    value(column, values, at).ok().map(|value| key::encode(&[value]))
 }
 
 /// Reads ranges of one data file whose size is known, and its footer.

@@ -3,6 +3,8 @@
 //! In JSON: base64 (standard alphabet, padded) of the portable Roaring serialization, which other languages read
 //! (<https://github.com/RoaringBitmap/RoaringFormatSpec>).
 
+use std::ops::Range;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use parquet::arrow::arrow_reader::{RowSelection, RowSelector};
@@ -43,6 +45,11 @@ impl Positions {
     /// Adds `row`.
     pub fn insert(&mut self, row: u32) {
         self.0.insert(row);
+    }
+
+    /// Adds `rows`.
+    pub fn insert_range(&mut self, rows: Range<u32>) {
+        self.0.insert_range(rows);
     }
 
     /// Those of either.

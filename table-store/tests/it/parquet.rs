@@ -263,7 +263,7 @@ fn rows_out_of_key_order_are_refused_within_and_between_batches() {
 }
 
 #[tokio::test]
-async fn only_row_groups_whose_range_holds_a_key_are_read() {
+async fn only_pages_whose_range_holds_a_key_are_read() {
     let truth = crate::backend::memory();
     let table = table(&[("id", "BIGINT", true), ("body", "TEXT", false)]);
     let body = |n: i64| format!("{n:016x}{}", n.wrapping_mul(6_364_136_223_846_793_005));
@@ -277,8 +277,37 @@ async fn only_row_groups_whose_range_holds_a_key_are_read() {
     let located = locate_keys(&files(&store), &file, &table, &wanted).await.unwrap();
     assert_eq!(located.into_keys().collect::<BTreeSet<_>>(), wanted);
     let read = counted.bytes();
-    // Half a MiB of it is the end of the file.
-    assert!(read < 850_000 && file.bytes > 3_000_000, "{read} of {} bytes", file.bytes);
+    // Half a MiB of it is the end of the file, the rest one page of its keys.
+    assert!(read < (512 + 16) << 10 && file.bytes > 3_000_000, "{read} of {} bytes", file.bytes);
+}
+
+#[tokio::test]
+async fn keys_are_found_on_every_page_however_its_bounds_were_cut() {
+    let store = crate::backend::memory();
+    let n = || 0..6_000_i64;
+    // Bounds of text are cut to 64 bytes: here those of all pages become the same.
+    let long = table(&[("id", "TEXT", true)]);
+    let long = (long.clone(), batch(&long, vec![texts(n().map(|n| format!("{}{n:05}", "x".repeat(80))))], 1));
+    // A value of the first key column goes over several pages.
+    let wide = table(&[("room", "TEXT", true), ("id", "BIGINT", true)]);
+    let rooms = texts(n().map(|n| format!("room {}", n / 2_500)));
+    let wide = (wide.clone(), batch(&wide, vec![rooms, longs(n())], 1));
+    let numbers = table(&[("id", "BIGINT", true)]);
+    let numbers = (numbers.clone(), batch(&numbers, vec![longs(n().map(|n| n * 3 - 7_000))], 1));
+    for (table, rows) in [long, wide, numbers] {
+        let kept = BooleanArray::from_iter((0..rows.num_rows()).map(|row| Some(row % 2 == 0)));
+        let file = upload(&store, &table, vec![arrow::compute::filter_record_batch(&rows, &kept).unwrap()]).await;
+        let located = async |wanted: &[usize]| {
+            let keys = wanted.iter().map(|row| key_of(&table, &rows, *row).unwrap()).collect();
+            locate_keys(&files(&store), &file, &table, &keys).await.unwrap().into_values().collect::<Vec<u32>>()
+        };
+        for row in (0..6_000).step_by(397).chain([2_046, 2_048, 4_094, 4_096, 4_998, 5_000, 5_998]) {
+            let expected: &[u32] = if row % 2 == 0 { &[u32::try_from(row / 2).unwrap()] } else { &[] };
+            assert_eq!(located(&[row]).await, expected, "row {row}");
+        }
+        assert_eq!(located(&[1, 2, 2_047, 2_048, 5_998, 5_999]).await, [1, 1_024, 2_999]);
+        assert_eq!(located(&(0..6_000).collect::<Vec<_>>()).await, (0..3_000).collect::<Vec<_>>());
+    }
 }
 
 mod counted {
