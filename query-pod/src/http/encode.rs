@@ -116,14 +116,16 @@ impl Encoder {
                     self.open.push(',');
                 }
                 write_value(&mut self.open, array, row, &output.ty);
+                // After each value: a row may name one large value a thousand times.
+                if self.rows_bytes + (self.open.len() - before) > self.bytes_max {
+                    let message =
+                        format!("the answer is larger than {} bytes; select less, or use LIMIT", self.bytes_max);
+                    return Err(ApiError::new(Kind::TooLarge, "ANSWER_TOO_LARGE", message));
+                }
             }
             self.open.push(']');
             self.rows += 1;
             self.rows_bytes += self.open.len() - before;
-            if self.rows_bytes > self.bytes_max {
-                let message = format!("the answer is larger than {} bytes; select less, or use LIMIT", self.bytes_max);
-                return Err(ApiError::new(Kind::TooLarge, "ANSWER_TOO_LARGE", message));
-            }
             if self.open.len() >= PIECE_BYTES {
                 self.close_piece().await?;
             }
@@ -375,6 +377,18 @@ mod tests {
             RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(Int64Array::from(vec![1; 100]))]).expect("batch");
         let mut encoder = encoder(&schema, 50, &Arc::new(Shares::halves(0)));
         assert_eq!(encoder.push(&batch).await.expect_err("too large").code, "ANSWER_TOO_LARGE");
+    }
+
+    #[tokio::test]
+    async fn a_row_that_repeats_a_large_value_grows_by_one_over_the_limit() {
+        let names = (0..1_000).map(|n| Field::new(format!("c{n}"), DataType::Utf8, true));
+        let schema = Arc::new(Schema::new(names.collect::<Vec<_>>()));
+        let value: ArrayRef = Arc::new(StringArray::from(vec!["x".repeat(1_000)]));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![value; 1_000]).expect("batch");
+        let mut encoder = encoder(&schema, 10_000, &Arc::new(Shares::halves(0)));
+        let head = encoder.open.len();
+        assert_eq!(encoder.push(&batch).await.expect_err("too large").code, "ANSWER_TOO_LARGE");
+        assert!(encoder.open.len() - head < 12_000, "{} bytes", encoder.open.len() - head);
     }
 
     #[tokio::test]
