@@ -3,7 +3,9 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::chunk::CHUNK_BYTES;
 
@@ -27,13 +29,52 @@ pub(crate) struct Room {
     pub(crate) blocks: usize,
 }
 
-/// Makes `folder` fit for use, with room for at most `wanted` bytes. What another format or version left is removed, not
-/// read. Nothing is allocated: foyer's files have holes until they are written.
-pub(crate) fn prepare(folder: &Path, wanted: u64) -> io::Result<Room> {
+/// How long a look at the free space is trusted.
+const FREE_TRUSTED: Duration = Duration::from_secs(1);
+
+/// Keeps the cache from taking the last of a disk that it shares with rows. The default one has no disk to keep.
+#[derive(Debug, Default)]
+pub(crate) struct Reserve {
+    folder: PathBuf,
+    bytes: u64,
+    looked: Mutex<Option<(Instant, bool)>>,
+}
+
+impl Reserve {
+    pub(crate) fn new(folder: PathBuf, bytes: u64) -> Self {
+        Self { folder, bytes, looked: Mutex::default() }
+    }
+
+    /// Whether at least so much is free. A disk that does not tell is left alone.
+    pub(crate) fn is_left(&self) -> bool {
+        if self.bytes == 0 {
+            return true;
+        }
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        match *looked {
+            Some((at, is_left)) if at.elapsed() < FREE_TRUSTED => is_left,
+            _ => {
+                let is_left = free(&self.folder).is_ok_and(|free| free >= self.bytes);
+                *looked = Some((Instant::now(), is_left));
+                is_left
+            }
+        }
+    }
+}
+
+fn free(folder: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(folder)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+/// Makes `folder` fit for use, with room for at most `wanted` bytes, and less if its disk would have fewer than `reserve`
+/// left. What another format or version left is removed, not read. Nothing is allocated: foyer's files have holes until
+/// they are written.
+pub(crate) fn prepare(folder: &Path, wanted: u64, reserve: u64) -> io::Result<Room> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     // It holds bytes of users.
     fs::set_permissions(folder, Permissions::from_mode(0o700))?;
-    let bytes = wanted.min(room_for(folder)?);
+    let bytes = wanted.min(room_for(folder, reserve)?);
     if bytes < wanted {
         tracing::info!(folder = %folder.display(), bytes, "the cache takes less than it may: half of what the disk has free");
     }
@@ -67,12 +108,11 @@ pub(crate) fn prepare(folder: &Path, wanted: u64) -> io::Result<Room> {
     Ok(Room { block_bytes: fit(block_bytes)?, blocks: fit(blocks)? })
 }
 
-/// Half of what is free or the cache's own already.
-fn room_for(folder: &Path) -> io::Result<u64> {
-    let disk = rustix::fs::statvfs(folder)?;
-    let mut bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+/// Half of what is free above the reserve, or the cache's own already.
+fn room_for(folder: &Path, reserve: u64) -> io::Result<u64> {
+    let mut bytes = free(folder)?;
     for entry in fs::read_dir(folder)? {
         bytes = bytes.saturating_add(entry?.metadata()?.blocks().saturating_mul(512));
     }
-    Ok(bytes / FREE_SHARE)
+    Ok(bytes.saturating_sub(reserve) / FREE_SHARE)
 }

@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foyer::{
-    BlockEngineConfig, DeviceBuilder, FsDeviceBuilder, HybridCache, HybridCacheBuilder, HybridCachePolicy, LruConfig,
-    PsyncIoEngineConfig, RecoverMode,
+    BlockEngineConfig, DeviceBuilder, FsDeviceBuilder, HybridCache, HybridCacheBuilder, HybridCachePolicy,
+    HybridCacheProperties, Location, LruConfig, PsyncIoEngineConfig, RecoverMode,
 };
 use object_store::ObjectStore;
 use object_store::path::Path;
@@ -34,7 +34,7 @@ pub use chunk::CHUNK_BYTES;
 use chunk::{Chunk, Key};
 use dropped::Dropped;
 use flights::Flights;
-use folder::Room;
+use folder::{Reserve, Room};
 
 /// One reader, or one upload, may put this share of what the cache holds into it: one in so many. A scan of everything
 /// would else wash out what everybody else reads.
@@ -53,6 +53,8 @@ pub struct Settings {
     pub memory_bytes: usize,
     /// Bytes of chunks on disk; 0 for none.
     pub disk_bytes: u64,
+    /// Free bytes that chunks leave on that disk.
+    pub disk_reserve_bytes: u64,
     /// The folder of those on disk. It is the cache's alone: what else is in it is removed.
     pub folder: PathBuf,
 }
@@ -85,6 +87,7 @@ struct Inner {
     dropped: Dropped,
     disk_bytes: u64,
     share_bytes: u64,
+    reserve: Reserve,
 }
 
 impl Cache {
@@ -114,12 +117,14 @@ impl Cache {
     pub async fn in_memory(memory_bytes: usize) -> Self {
         let dropped = Dropped::default();
         let built = builder(memory_bytes, &dropped).storage().build().await;
-        Self::of(built.expect("without a disk there is nothing that fails"), dropped, memory_bytes, 0)
+        let chunks = built.expect("without a disk there is nothing that fails");
+        Self::of(chunks, dropped, memory_bytes, 0, Reserve::default())
     }
 
     async fn on_disk(settings: &Settings) -> Result<Self, String> {
-        let (folder, wanted) = (settings.folder.clone(), settings.disk_bytes);
-        let prepare = move || folder::prepare(&folder, wanted);
+        let reserve = Reserve::new(settings.folder.clone(), settings.disk_reserve_bytes);
+        let (folder, wanted, left) = (settings.folder.clone(), settings.disk_bytes, settings.disk_reserve_bytes);
+        let prepare = move || folder::prepare(&folder, wanted, left);
         let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|error| error.to_string())?;
         let Room { block_bytes, blocks } = prepared.map_err(|error| error.to_string())?;
         let disk_bytes = block_bytes * blocks;
@@ -136,13 +141,19 @@ impl Cache {
                 .await
         };
         let chunks = built.await.map_err(|error: foyer::Error| error.to_string())?;
-        Ok(Self::of(chunks, dropped, settings.memory_bytes, disk_bytes as u64))
+        Ok(Self::of(chunks, dropped, settings.memory_bytes, disk_bytes as u64, reserve))
     }
 
-    fn of(chunks: HybridCache<Key, Chunk>, dropped: Dropped, memory_bytes: usize, disk_bytes: u64) -> Self {
+    fn of(
+        chunks: HybridCache<Key, Chunk>,
+        dropped: Dropped,
+        memory_bytes: usize,
+        disk_bytes: u64,
+        reserve: Reserve,
+    ) -> Self {
         let share_bytes = (memory_bytes as u64 + disk_bytes) / SHARE;
-        let (hits, misses) = (AtomicU64::default(), AtomicU64::default());
-        Self(Arc::new(Inner { chunks, flights: Flights::default(), hits, misses, dropped, disk_bytes, share_bytes }))
+        let (flights, hits, misses) = (Flights::default(), AtomicU64::default(), AtomicU64::default());
+        Self(Arc::new(Inner { chunks, flights, hits, misses, dropped, disk_bytes, share_bytes, reserve }))
     }
 
     /// `store` with the cache before it, for one reader: a scan, a look-up, a merge. Each puts at most a quarter of what
@@ -176,8 +187,12 @@ impl Cache {
 
     /// Waits at most `grace` for what is on its way to the disk. What does not get there is read from the store again.
     pub async fn close(&self, grace: Duration) {
-        match tokio::time::timeout(grace, self.0.chunks.close()).await {
-            Ok(Ok(())) => {}
+        let cache = self.clone();
+        // In a task of its own, so that a panic over a disk that failed ends here.
+        let closing = tokio::spawn(async move { cache.0.chunks.close().await });
+        match tokio::time::timeout(grace, closing).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!(error = %error, "the cache did not close"),
             Ok(Err(error)) => tracing::warn!(error = %error, "the cache did not close"),
             Err(_) => tracing::warn!("the cache did not close in time"),
         }
@@ -186,7 +201,12 @@ impl Cache {
 
 impl Inner {
     fn insert(&self, key: Key, chunk: Chunk) {
-        drop(self.chunks.insert(key, chunk));
+        let location = if self.reserve.is_left() { Location::Default } else { Location::InMem };
+        drop(self.chunks.insert_with_properties(
+            key,
+            chunk,
+            HybridCacheProperties::default().with_location(location),
+        ));
     }
 
     fn in_memory(&self, key: &Key) -> Option<Chunk> {

@@ -120,7 +120,7 @@ fn layer(cache: &Cache, store: &Arc<Counting>) -> Arc<dyn ObjectStore> {
 }
 
 fn on_disk(folder: &std::path::Path) -> Settings {
-    Settings { memory_bytes: 1 << 20, disk_bytes: 64 << 20, folder: folder.join("cache") }
+    Settings { memory_bytes: 1 << 20, disk_bytes: 64 << 20, disk_reserve_bytes: 0, folder: folder.join("cache") }
 }
 
 /// A memory so small that nothing stays in it.
@@ -481,4 +481,29 @@ async fn a_folder_that_cannot_be_used_costs_only_the_disk() {
         assert_eq!(cache.counts().disk_bytes, 0);
         assert_eq!(one(&layer(&cache, &store), 0..1_000).await.unwrap(), file);
     }
+}
+
+#[tokio::test]
+async fn nothing_goes_to_a_disk_that_has_less_free_than_is_kept_for_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let written = async |settings: Settings| {
+        let cache = Cache::open(&settings).await;
+        let file = Bytes::from(vec![7; 3 * usize::try_from(C).unwrap()]);
+        cache.fill(&"root".into(), &Path::from("a.parquet"), &file);
+        cache.close(Duration::from_secs(10)).await;
+        let blocks = std::fs::read_dir(&settings.folder).unwrap();
+        blocks.map(|entry| std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512).sum::<u64>()
+    };
+    let before = written(Settings { disk_reserve_bytes: 1, ..on_disk(&folder.path().join("free")) }).await;
+    assert!(before > C, "with room it goes to the disk: {before}");
+    // It opens, and then a lot is kept back.
+    let full = folder.path().join("full");
+    let cache = Cache::open(&on_disk(&full)).await;
+    drop(cache);
+    let reserve = Reserve::new(full.join("cache"), u64::MAX);
+    assert!(!reserve.is_left());
+    assert!(Reserve::new(full.join("cache"), 1).is_left());
+    assert!(!Reserve::new(full.join("nowhere"), 1).is_left(), "a disk that does not tell");
+    let kept_back = Settings { disk_reserve_bytes: u64::MAX, ..on_disk(&full) };
+    assert_eq!(Cache::open(&kept_back).await.counts().disk_bytes, 0, "there is no room above the reserve");
 }

@@ -16,7 +16,7 @@ pub struct CacheLimits {
     #[arg(long, default_value_t = 256 << 20)]
     pub cache_memory_bytes: usize,
     /// Disk for parts of data files of remote storages, in the data folder, bytes; 0 keeps none there. Taken as needed,
-    /// and at most half of what is free at the start.
+    /// and at most half of what is free above twice the reserve at the start; none while less than that is free.
     #[arg(long, default_value_t = 4 << 30)]
     pub cache_disk_bytes: u64,
 }
@@ -31,8 +31,8 @@ pub struct Caches {
 }
 
 impl Caches {
-    /// Opens the caches. One process at a time may have a data folder, and that was made sure of before.
-    pub async fn open(data_dir: &Path, limits: &CacheLimits) -> Self {
+    /// Opens the caches, which leave twice `disk_reserve_bytes` free. One process at a time may have a data folder, and that was made sure of before.
+    pub async fn open(data_dir: &Path, limits: &CacheLimits, disk_reserve_bytes: u64) -> Self {
         if limits.cache_memory_bytes == 0 {
             return Self::default();
         }
@@ -40,6 +40,8 @@ impl Caches {
         let settings = Settings {
             memory_bytes: limits.cache_memory_bytes - footer_bytes,
             disk_bytes: limits.cache_disk_bytes,
+            // Commits are refused below the reserve itself: what frees the disk then needs room to work.
+            disk_reserve_bytes: disk_reserve_bytes.saturating_mul(2),
             folder: data_dir.join("cache"),
         };
         Self { chunks: Some(Cache::open(&settings).await), footers: Footers::new(footer_bytes) }
