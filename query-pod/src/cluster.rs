@@ -51,9 +51,11 @@ pub async fn run(args: &Serve) -> anyhow::Result<()> {
 }
 
 /// Makes sure that this volume is the one that serves the instance. A volume that knows itself to be does not need the
-/// home store for it; a new one waits until the store answers.
+/// home store for it; a new one waits until the store answers, and so does one that has still to read a storage back: it
+/// would end the streams of whoever succeeded it meanwhile.
 async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
-    if parts.engine.is_owner()? {
+    let is_owner = parts.engine.is_owner()?;
+    if is_owner && !parts.engine.is_rebuilding() {
         return Ok(());
     }
     let volume = parts.engine.volume()?;
@@ -61,6 +63,7 @@ async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
     loop {
         match owners::claim(home, &volume, &pod).await {
             Ok(Claimed::First) => break,
+            Ok(Claimed::Succeeded) if is_owner => break,
             Ok(Claimed::Succeeded) => {
                 tracing::warn!(pod, "this volume is new, and its instance is not: its storages are read back first");
                 // Before the claim is taken for granted: a crash in between claims, and comes here, again.

@@ -303,8 +303,16 @@ pub(crate) async fn delete(store: &dyn ObjectStore, paths: Vec<Path>) -> Result<
 }
 
 pub(crate) async fn list(store: &dyn ObjectStore, prefix: &Path) -> Result<Vec<Path>, StreamError> {
-    let listing = store.list(Some(prefix)).map_ok(|meta| meta.location).try_collect();
-    listing.await.map_err(|source| StreamError::List { prefix: prefix.clone(), source })
+    let mut listing = store.list(Some(prefix));
+    let mut paths = Vec::new();
+    // A store that hangs in the middle must not hold its reader up for ever.
+    while let Some(found) = create::within(listing.try_next())
+        .await
+        .map_err(|source| StreamError::List { prefix: prefix.clone(), source })?
+    {
+        paths.push(found.location);
+    }
+    Ok(paths)
 }
 
 /// The commits of object `seq`, which must be there and be no fence.

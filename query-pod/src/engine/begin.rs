@@ -42,10 +42,14 @@ async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Beg
     let rebuilding = !engine.is_rebuilt(root);
     let known = shippers.known(root)?;
     let own_disk = !engine.storages.ships_rows(&engine.catalog.current(), root);
+    // Noted as known, and yet nothing of it is there: then it was noted before its first object.
+    let first = known.iter().all(|(incarnation, _)| *incarnation == shippers.incarnation);
     let usage = if known.is_empty() && (own_disk || !rebuilding) { Use::First } else { Use::Again };
     let store = engine.storages.open(&engine.catalog.current(), root, usage)?;
     if rebuilding {
         engine.rebuild(root, store.as_ref(), own_disk).await?;
+    } else if first && !own_disk {
+        check_unused(engine, store.as_ref()).await?;
     }
     let former: Vec<_> = known.iter().filter(|(incarnation, _)| *incarnation != shippers.incarnation).collect();
     for (incarnation, from) in &former {
@@ -59,9 +63,7 @@ async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Beg
         check_end(engine, root, &known, incarnation, Some(&fence.by))?;
         for seq in *from..fence.seq {
             let (_, Round { edits, rows }) = stream::round(store.as_ref(), incarnation, seq).await?;
-            for block in rows {
-                engine.restore(block).await?;
-            }
+            engine.restore_all(rows).await?;
             engine.publish_all(root, edits).await?;
         }
         tracing::info!(storage = %root, objects = fence.seq - from, "ended the commit stream of a former process");
@@ -70,7 +72,27 @@ async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Beg
     for (incarnation, _) in &former {
         shippers.forget(root, incarnation)?;
     }
+    shippers.forget_stored_first(root)?;
     Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))
+}
+
+/// Before the first use of a storage: a process that does not know this data folder may be at work there, or may have left
+/// there what nobody else has. Streams that were ended are those of the past.
+async fn check_unused(engine: &Arc<Engine>, store: &dyn ObjectStore) -> Result<(), BeginError> {
+    for incarnation in stream::incarnations(store).await? {
+        if engine.shippers.ran_here(&incarnation)? {
+            continue;
+        }
+        let Some(last) = stream::last(store, &incarnation).await? else { continue };
+        if !stream::is_fence(store, &incarnation, last).await? {
+            return Err(format!(
+                "it has the commit stream of process `{incarnation}`, which never ran on this data folder; declare another \
+                 bucket or prefix, or, if its data is of no use, delete `_cluster/` there"
+            )
+            .into());
+        }
+    }
+    Ok(())
 }
 
 /// Checks all that a stream holds beyond what is known here before anything is changed for it, and tells who ended it.

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use super::begin::BeginError;
 use super::instance::InstanceError;
-use super::ship::Backoff;
+use super::ship::{Backoff, edit_bytes};
 use super::storages::StoragesError;
 use super::{Engine, RootKey};
 use crate::crash;
@@ -50,6 +50,8 @@ pub(super) struct Checkpoints {
     attempts: u64,
     /// The object before this one is the first that is left.
     trimmed: u64,
+    /// Whether what former processes left is deleted.
+    former_trimmed: bool,
     running: Option<JoinHandle<Result<Shortened, BeginError>>>,
     not_before: Option<Instant>,
     backoff: Backoff,
@@ -66,6 +68,7 @@ impl Checkpoints {
             wanted: false,
             attempts: 0,
             trimmed: 1,
+            former_trimmed: false,
             running: None,
             not_before: None,
             backoff: Backoff::default(),
@@ -95,7 +98,8 @@ impl Checkpoints {
     pub(super) fn start(&mut self, seq: u64) {
         (self.wanted, self.objects, self.bytes) = (false, 0, 0);
         self.attempts += 1;
-        let work = shorten(Arc::clone(&self.engine), self.root.clone(), seq, self.attempts, self.trimmed);
+        let (engine, root) = (Arc::clone(&self.engine), self.root.clone());
+        let work = shorten(engine, root, seq, self.attempts, self.trimmed, self.former_trimmed);
         self.running = Some(self.engine.tasks.spawn(work));
     }
 
@@ -110,8 +114,11 @@ impl Checkpoints {
         let outcome = running.await.unwrap_or_else(|error| Err(error.into()));
         self.running = None;
         match outcome {
-            Ok(Shortened { bytes, trimmed }) => {
-                (self.last_bytes, self.trimmed) = (bytes, trimmed);
+            Ok(Shortened { bytes, deleted }) => {
+                self.last_bytes = bytes;
+                if let Some(trimmed) = deleted {
+                    (self.trimmed, self.former_trimmed) = (trimmed, true);
+                }
                 (self.not_before, self.backoff) = (None, Backoff::default());
             }
             Err(error) => {
@@ -127,8 +134,8 @@ impl Checkpoints {
 struct Shortened {
     /// Its size.
     bytes: usize,
-    /// The object before this one is the first that is left.
-    trimmed: u64,
+    /// If what came before is deleted: the object before this one is the first that is left.
+    deleted: Option<u64>,
 }
 
 /// Writes a checkpoint of what is before object `seq`, then deletes what it makes superfluous. What cannot be deleted now
@@ -139,6 +146,7 @@ async fn shorten(
     seq: u64,
     attempt: u64,
     trimmed: u64,
+    former_trimmed: bool,
 ) -> Result<Shortened, BeginError> {
     let store = engine.open_store(&root)?;
     let own = engine.shippers.incarnation.as_str();
@@ -172,15 +180,15 @@ async fn shorten(
         // The last object stays: so a reader that begins too early notices.
         stream::trim(store.as_ref(), own, trimmed.saturating_sub(1), seq.saturating_sub(1)).await?;
         crash::point("checkpoint.trimmed");
-        if attempt == 1 { trim_former(store.as_ref(), own).await } else { Ok(()) }
+        if former_trimmed { Ok(()) } else { trim_former(store.as_ref(), own).await }
     };
     let deleted = deleting.await;
     engine.metrics.checkpoints.inc_by(u64::from(complete.is_some()));
     match deleted {
-        Ok(()) => Ok(Shortened { bytes, trimmed: seq }),
+        Ok(()) => Ok(Shortened { bytes, deleted: Some(seq) }),
         Err(error) => {
             tracing::warn!(storage = %root, error = %Chain(error.as_ref()), "old parts of the commit stream are left for now");
-            Ok(Shortened { bytes, trimmed })
+            Ok(Shortened { bytes, deleted: None })
         }
     }
 }
@@ -221,15 +229,17 @@ impl Engine {
             let current = instance.current.read();
             let view = &current.view;
             if view.flushed > Generation(0) {
-                bytes += 256 + view.manifest.files.iter().map(|file| 512 + file.path.len()).sum::<usize>();
-                part.edits.push(Edit {
+                let edit = Edit {
                     instance: id.clone(),
                     generation: view.flushed,
                     last_seq: view.manifest.last_seq,
                     add: view.manifest.files.clone(),
                     remove: Vec::new(),
                     replace: std::collections::BTreeMap::new(),
-                });
+                    placed: view.manifest.placed.clone(),
+                };
+                bytes += edit_bytes(&edit);
+                part.edits.push(edit);
             }
             let block = || RowBlock { instance: id.clone(), buffered: true, rows: Vec::new() };
             let (mut rows, mut of_block) = (block(), 0);

@@ -115,6 +115,12 @@ impl Engine {
         }
     }
 
+    /// Whether anything has still to be read back.
+    #[must_use]
+    pub fn is_rebuilding(&self) -> bool {
+        *self.rebuild.left.lock() != Left::Nothing
+    }
+
     pub(super) fn is_rebuilt(&self, root: &RootKey) -> bool {
         match &*self.rebuild.left.lock() {
             Left::Nothing => true,
@@ -159,9 +165,7 @@ impl Engine {
         let mut rows = 0;
         let mut replay = source.replay(store);
         while let Some((_, round)) = replay.next().await? {
-            for block in round.rows {
-                rows += self.restore(block).await?;
-            }
+            rows += self.restore_all(round.rows).await?;
             crash::point("rebuild.restored");
         }
         self.note_rebuilt(root)?;
@@ -202,15 +206,20 @@ impl Engine {
             }
             let last = stream::last(store, &incarnation).await?.unwrap_or(1);
             let fence = stream::fence(store, &incarnation, last, own).await?;
-            if fence.by != own {
-                // It may live, and have nothing of its own yet.
-                left.insert(fence.by);
-            }
             let mut from = 1;
             if let Some(checkpoint) = checkpoint::newest(store, &incarnation).await? {
                 from = checkpoint.seq;
+                if fence.seq < from {
+                    // It lived, and shortened its stream before our fence came: that lies in a hole, and ends nothing.
+                    left.insert(incarnation);
+                    continue;
+                }
                 // It holds all that came before.
                 source = Source { checkpoint: Some(checkpoint), streams: Vec::new() };
+            }
+            if fence.by != own {
+                // It may live, and have nothing of its own yet.
+                left.insert(fence.by);
             }
             source.streams.push((incarnation, from, fence.seq));
         }

@@ -9,7 +9,7 @@
 //! there, and what it had committed but not published is published now ([`super::begin`]). Until then rows stay in the
 //! buffer, and reads are right. One storage that does not answer holds up only its own flushes.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -89,6 +89,8 @@ const SHIP_AFTER: Duration = Duration::from_millis(500);
 const UNSHIPPED_BYTES_MAX: usize = 64 << 20;
 /// Bytes of statements that wait for a storage to be acknowledged; beyond it they are refused.
 const STATEMENTS_BYTES_MAX: u32 = 128 << 20;
+/// What a statement that waits takes beside its rows.
+const STATEMENT_BYTES: usize = 4 << 10;
 /// How long a statement waits for room among them.
 const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// How long a stop waits for the last rows to reach the storage.
@@ -107,18 +109,21 @@ struct Request {
 }
 
 impl Request {
-    /// About what it takes in its object: keys of files are written in hex.
+    /// About what it takes in its object.
     fn size(&self) -> usize {
-        let files = self.asked.edit.iter().flat_map(|edit| &edit.add);
-        let files = files.map(|file| {
-            512 + 2 * (file.min_key.len() + file.max_key.len()) + file.path.len() + file.tombstones.json_bytes()
-        });
-        let replaced = self.asked.edit.iter().flat_map(|edit| &edit.replace);
         let rows = self.asked.rows.iter().flat_map(|(_, rows)| rows).map(|row| row.key.len() + row.value.len() + 8);
-        files.sum::<usize>()
-            + replaced.map(|(path, rows)| path.len() + rows.json_bytes()).sum::<usize>()
-            + rows.sum::<usize>()
+        self.asked.edit.as_ref().map_or(0, edit_bytes) + rows.sum::<usize>()
     }
+}
+
+/// About what an edit takes in its object: keys of files are written in hex.
+pub(super) fn edit_bytes(edit: &Edit) -> usize {
+    let files = edit.add.iter().map(|file| {
+        let keys = 2 * (file.min_key.len() + file.max_key.len());
+        512 + keys + file.path.len() + file.tombstones.json_bytes() + file.replaced.json_bytes()
+    });
+    let replaced = edit.replace.iter().map(|(path, rows)| path.len() + rows.json_bytes());
+    256 + files.sum::<usize>() + replaced.sum::<usize>()
 }
 
 /// Rows that are acknowledged, and not in the stream of their storage.
@@ -213,8 +218,6 @@ impl Unshipped {
 /// The stream of one storage.
 #[derive(Clone)]
 struct Running {
-    /// Where the storage lies: one that is declared anew elsewhere is another.
-    place: Option<Arc<str>>,
     /// Whether it was begun: what former processes stored is applied.
     open: Arc<AtomicBool>,
     queue: mpsc::Sender<Request>,
@@ -227,12 +230,18 @@ struct Running {
 pub(super) struct Shippers {
     buffer: WriteBuffer,
     pub(super) incarnation: String,
-    running: Mutex<HashMap<RootKey, Running>>,
+    /// A storage that is declared anew elsewhere is another; one that comes back is the one that it was: a process has
+    /// one stream in each place.
+    running: Mutex<HashMap<(RootKey, String), Running>>,
+    /// Streams that may hold rows which are not applied.
+    stored_first: Mutex<HashSet<RootKey>>,
 }
 
 const STATE: &str = "stream/";
 /// Names of other processes that ours must be above.
 const NAMES: &str = "process/";
+/// Streams to which rows were stored before they were applied.
+const STORED_FIRST: &str = "stored-first/";
 
 impl Shippers {
     pub(super) fn new(buffer: WriteBuffer) -> Result<Self, ReadError> {
@@ -240,7 +249,33 @@ impl Shippers {
         let noted = buffer.state_scan(STATE)?.into_iter().chain(buffer.state_scan(NAMES)?);
         let names = noted.filter_map(|(key, _)| key.rsplit_once('/').map(|(_, name)| name.to_owned()));
         let incarnation = next_incarnation(names.max().as_deref());
-        Ok(Self { buffer, incarnation, running: Mutex::default() })
+        let noted = buffer.state_scan(STORED_FIRST)?;
+        let stored_first = noted.iter().filter_map(|(key, _)| root_of(key.strip_prefix(STORED_FIRST)?)).collect();
+        Ok(Self { buffer, incarnation, running: Mutex::default(), stored_first: Mutex::new(stored_first) })
+    }
+
+    /// Whether rows may be in the stream of `root` that are not applied here.
+    pub(super) fn has_stored_first(&self, root: &RootKey) -> bool {
+        self.stored_first.lock().contains(root)
+    }
+
+    /// Takes note that rows are about to be stored in `root` before they are applied.
+    fn note_stored_first(&self, root: &RootKey) -> Result<(), ReadError> {
+        let mut noted = self.stored_first.lock();
+        if !noted.contains(root) {
+            self.buffer.state_put(&format!("{STORED_FIRST}{root}"), b"1")?;
+            noted.insert(root.clone());
+        }
+        Ok(())
+    }
+
+    /// All that former processes stored in `root` is applied.
+    pub(super) fn forget_stored_first(&self, root: &RootKey) -> Result<(), ReadError> {
+        let mut noted = self.stored_first.lock();
+        if noted.remove(root) {
+            self.buffer.state_delete(&format!("{STORED_FIRST}{root}"))?;
+        }
+        Ok(())
     }
 
     fn state_prefix(root: &RootKey) -> String {
@@ -273,12 +308,21 @@ impl Shippers {
 
     /// Every root that has a stream of ours.
     fn roots(&self) -> Result<BTreeSet<RootKey>, ReadError> {
-        let root = |key: &str| {
-            let (storage, number) = key.strip_prefix(STATE)?.split_once('/')?.0.rsplit_once('.')?;
-            Some(RootKey { storage: StorageName::new(storage).ok()?, root: number.parse().ok()? })
-        };
+        let root = |key: &str| root_of(key.strip_prefix(STATE)?.split_once('/')?.0);
         Ok(self.buffer.state_scan(STATE)?.iter().filter_map(|(key, _)| root(key)).collect())
     }
+
+    /// Whether `incarnation` ran on this data folder, wherever its stream was.
+    pub(super) fn ran_here(&self, incarnation: &str) -> Result<bool, ReadError> {
+        let names = self.buffer.state_scan(STATE)?;
+        Ok(names.iter().any(|(key, _)| key.rsplit_once('/').is_some_and(|(_, name)| name == incarnation)))
+    }
+}
+
+/// The root whose text is `text`.
+fn root_of(text: &str) -> Option<RootKey> {
+    let (storage, number) = text.rsplit_once('.')?;
+    Some(RootKey { storage: StorageName::new(storage).ok()?, root: number.parse().ok()? })
 }
 
 /// A name above `last` in order.
@@ -331,8 +375,9 @@ impl Engine {
         instance: InstanceId,
         rows: Vec<EncodedRow>,
     ) -> Result<(), ShipError> {
+        self.shippers.note_stored_first(root)?;
         let bytes: usize = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
+        let bytes = u32::try_from(bytes + STATEMENT_BYTES).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
         let room = tokio::time::timeout(ROOM_WAIT, self.running(root).room.acquire_many_owned(bytes)).await;
         let _room: OwnedSemaphorePermit = room.map_err(|_| ShipError::Waiting)?.map_err(|_| ShipError::Stopping)?;
         self.request(root, Asked { rows: Some((instance, rows)), ..Asked::default() }).await
@@ -359,29 +404,29 @@ impl Engine {
     }
 
     fn running(self: &Arc<Self>, root: &RootKey) -> Running {
-        let place = self.storages.place(&self.catalog.current(), root);
+        let identity = self.storages.identity(&self.catalog.current(), root).unwrap_or_default();
         let mut running = self.shippers.running.lock();
-        if let Some(known) = running.get(root)
-            && (place.is_none() || known.place.is_none() || known.place == place)
-        {
+        if let Some(known) = running.get(&(root.clone(), identity.clone())) {
             return known.clone();
         }
         let (queue, receiver) = mpsc::channel(QUEUE_MAX);
         let (unshipped, open) = (Arc::<Unshipped>::default(), Arc::<AtomicBool>::default());
-        self.spawn(run(Arc::clone(self), root.clone(), receiver, Arc::clone(&unshipped), Arc::clone(&open)));
+        let place = Place { root: root.clone(), identity: identity.clone() };
+        self.spawn(run(Arc::clone(self), place, receiver, Arc::clone(&unshipped), Arc::clone(&open)));
         let room = Arc::new(Semaphore::new(STATEMENTS_BYTES_MAX as usize));
-        let new = Running { place, open, queue, unshipped, room };
-        running.insert(root.clone(), new.clone());
+        let new = Running { open, queue, unshipped, room };
+        running.insert((root.clone(), identity), new.clone());
         new
     }
 
     /// Another storage that lies at the same place as `root`, and has its stream open.
     pub(super) fn shares_place(&self, root: &RootKey) -> Option<RootKey> {
+        let catalog = self.catalog.current();
+        let place = self.storages.place(&catalog, root)?;
         let running = self.shippers.running.lock();
-        let place = running.get(root)?.place.clone()?;
-        let mut others = running.iter().filter(|(other, _)| *other != root);
-        let same = others.find(|(_, it)| it.open.load(Ordering::Acquire) && it.place.as_ref() == Some(&place));
-        same.map(|(other, _)| other.clone())
+        let open = running.iter().filter(|((other, _), it)| other != root && it.open.load(Ordering::Acquire));
+        let mut others = open.map(|((other, _), _)| other);
+        others.find(|other| self.storages.place(&catalog, other).as_ref() == Some(&place)).cloned()
     }
 
     /// Whether all that former processes stored in `root` is applied.
@@ -409,18 +454,34 @@ impl Engine {
     }
 }
 
+/// A root where it lay when its stream was begun.
+struct Place {
+    root: RootKey,
+    identity: String,
+}
+
+impl Place {
+    /// Its store as it is reached now.
+    fn store(&self, engine: &Engine) -> Option<Arc<dyn ObjectStore>> {
+        let catalog = engine.catalog.current();
+        let same = engine.storages.identity(&catalog, &self.root).as_ref() == Some(&self.identity);
+        if same { engine.storages.store(&catalog, &self.root).ok() } else { None }
+    }
+}
+
 async fn run(
     engine: Arc<Engine>,
-    root: RootKey,
+    place: Place,
     mut queue: mpsc::Receiver<Request>,
     unshipped: Arc<Unshipped>,
     open: Arc<AtomicBool>,
 ) {
-    let Ok(mut stream) = begin::open(&engine, &root).await else { return };
+    let root = &place.root;
+    let Ok(mut stream) = begin::open(&engine, root).await else { return };
     let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
     // Before the first checkpoint: who looks for processes looks for their streams.
-    if engine.storages.ships_rows(&engine.catalog.current(), &root)
-        && append(&engine, &root, &mut stream, Arc::default()).await.is_err()
+    if engine.storages.ships_rows(&engine.catalog.current(), root)
+        && append(&engine, &place, &mut stream, Arc::default()).await.is_err()
     {
         return;
     }
@@ -429,9 +490,10 @@ async fn run(
     loop {
         let first = tokio::select! {
             biased;
+            // First: statements that never stop coming must not keep it from the next one. It is seldom.
+            () = checkpoints.due() => None,
             request = queue.recv() => match request { Some(request) => Some(request), None => return },
             () = unshipped.due() => None,
-            () = checkpoints.due() => None,
             () = engine.stop.cancelled() => break,
         };
         let mut bytes = first.as_ref().map_or(0, Request::size);
@@ -441,7 +503,7 @@ async fn run(
             bytes += more.size();
             requests.push(more);
         }
-        if round(&engine, &root, &mut stream, &unshipped, requests, &mut checkpoints).await.is_err() {
+        if round(&engine, &place, &mut stream, &unshipped, requests, &mut checkpoints).await.is_err() {
             return;
         }
         if unshipped.take_overflow() {
@@ -454,7 +516,7 @@ async fn run(
     }
     let last = async {
         while unshipped.bytes() > 0 {
-            round(&engine, &root, &mut stream, &unshipped, Vec::new(), &mut checkpoints).await?;
+            round(&engine, &place, &mut stream, &unshipped, Vec::new(), &mut checkpoints).await?;
         }
         Ok::<_, ShipError>(())
     };
@@ -474,12 +536,13 @@ struct Statement {
 /// Commits and applies what is asked for and what waits. Fails when there can be no further round.
 async fn round(
     engine: &Arc<Engine>,
-    root: &RootKey,
+    place: &Place,
     stream: &mut StreamWriter,
     unshipped: &Unshipped,
     requests: Vec<Request>,
     checkpoints: &mut Checkpoints,
 ) -> Result<(), ShipError> {
+    let root = &place.root;
     let mut round = Round::default();
     let (mut waiting, mut statements, mut last_seqs) = (Vec::new(), Vec::new(), HashMap::new());
     for Request { asked: Asked { edit, rows }, done } in requests {
@@ -502,7 +565,7 @@ async fn round(
     round.rows.extend(taken);
     let (edits, bytes) = (round.edits.clone(), round.rows.iter().map(bytes_of).sum());
     let nothing = round == Round::default();
-    let appended = if nothing { Ok(()) } else { append(engine, root, stream, Arc::new(round)).await };
+    let appended = if nothing { Ok(()) } else { append(engine, place, stream, Arc::new(round)).await };
     if let Err(error) = appended {
         unshipped.note_loss();
         let told = statements.into_iter().map(|statement| statement.done).chain(waiting);
@@ -604,7 +667,7 @@ async fn apply(engine: &Engine, instance: InstanceId, rows: Vec<EncodedRow>, sta
 /// Stores `round`, for as long as it takes.
 async fn append(
     engine: &Arc<Engine>,
-    root: &RootKey,
+    place: &Place,
     stream: &mut StreamWriter,
     round: Arc<Round>,
 ) -> Result<(), ShipError> {
@@ -613,16 +676,18 @@ async fn append(
         match stream.append(&round).await {
             Ok(_) => return Ok(()),
             Err(error @ (StreamError::Fenced { .. } | StreamError::Foreign { .. })) => {
-                tracing::error!(storage = %root, error = %Chain(&error), "the commit stream was ended");
+                tracing::error!(storage = %place.root, error = %Chain(&error), "the commit stream was ended");
                 return Err(engine.disown(Disowned::Fenced).into());
             }
             Err(error @ (StreamError::TooLarge { .. } | StreamError::Encode(_))) => {
                 return Err(ShipError::Refused(Arc::new(error)));
             }
-            Err(error) => tracing::warn!(storage = %root, error = %Chain(&error), "the outcome of a commit is unknown"),
+            Err(error) => {
+                tracing::warn!(storage = %place.root, error = %Chain(&error), "the outcome of a commit is unknown");
+            }
         }
         engine.pause(&mut backoff).await?;
-        if let Ok(store) = engine.open_store(root) {
+        if let Some(store) = place.store(engine) {
             stream.use_store(store);
         }
     }

@@ -171,6 +171,11 @@ impl Storages {
         Some(format!("{holder}/{}", path.trim_matches('/')).into())
     }
 
+    /// What says that a store is another than before, however it is reached; `None` if it is not known.
+    pub(super) fn identity(&self, snapshot: &Snapshot, key: &RootKey) -> Option<String> {
+        Some(snapshot.catalog.storages.get(&key.storage)?.roots.get(&key.root)?.identity())
+    }
+
     /// Whether the commit stream of `key` carries rows: not if it lies on the pod's own disk, with which they would be
     /// lost, too.
     pub(super) fn ships_rows(&self, snapshot: &Snapshot, key: &RootKey) -> bool {

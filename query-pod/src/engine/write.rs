@@ -23,6 +23,9 @@ use super::{Disowned, Engine, Rebuilding, RootKey, ShipError};
 /// How long a statement waits for others that are at work on the same rows.
 const HOLD_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a statement may look for rows in files: nobody else writes to the instance meanwhile.
+const LOOK_WAIT: Duration = Duration::from_secs(30);
+
 /// A row to write.
 #[derive(Clone, Debug)]
 pub struct NewRow {
@@ -52,6 +55,9 @@ pub enum WriteError {
     /// The storage is being read back.
     #[error(transparent)]
     Rebuilding(#[from] Rebuilding),
+    /// The files do not answer in time.
+    #[error("looking keys up took longer than {} s", LOOK_WAIT.as_secs())]
+    Slow,
     /// Others that read before they write take too long.
     #[error("other statements have been at work on these rows for {} s", HOLD_WAIT.as_secs())]
     Held,
@@ -128,7 +134,8 @@ impl Engine {
         self.check_owned()?;
         self.check_rebuilt(&root).await?;
         // Rows that a former process stored, and did not apply, must not appear beneath a statement that has looked.
-        if self.stores_first(table) && !self.is_open(&root) {
+        let may_appear = self.stores_first(table) || self.shippers.has_stored_first(&root);
+        if may_appear && !self.is_open(&root) {
             let opened = tokio::time::timeout(HOLD_WAIT, self.open_stream(&root)).await;
             opened.map_err(|_| ShipError::Waiting)??;
         }
@@ -173,7 +180,8 @@ impl Writing {
         if wanted.is_empty() {
             return Ok(());
         }
-        self.known.extend(self.engine.find(&self.table, &self.instance, wanted).await?);
+        let found = within(self.engine.find(&self.table, &self.instance, wanted)).await?;
+        self.known.extend(found);
         Ok(())
     }
 
@@ -210,7 +218,7 @@ impl Writing {
         }
         for (path, (view, keys)) in wanted {
             let positions: Positions = keys.keys().copied().collect();
-            let found = self.engine.rows_at(&self.table, &view, &path, &positions).await?;
+            let found = within(self.engine.rows_at(&self.table, &view, &path, &positions)).await?;
             rows.extend(keys.into_values().cloned().zip(found));
         }
         Ok(rows)
@@ -272,6 +280,10 @@ impl Writing {
         engine.metrics.rows_written.inc_by(count);
         Ok(count)
     }
+}
+
+async fn within<T>(look: impl Future<Output = Result<T, ReadError>>) -> Result<T, WriteError> {
+    Ok(tokio::time::timeout(LOOK_WAIT, look).await.map_err(|_| WriteError::Slow)??)
 }
 
 async fn exclusive(instance: &Instance) -> Result<Hold, WriteError> {

@@ -21,6 +21,9 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         error @ WriteError::Held => {
             ApiError::new(Kind::Busy, "WRITES_BUSY", format!("{error}; nothing was written, send the request again"))
         }
+        error @ WriteError::Slow => {
+            ApiError::unavailable("STORAGE_UNAVAILABLE", format!("{error}; nothing was written, send the request again"))
+        }
         WriteError::Ship(error) => of_ship(error),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Read(ReadError::Storage(error)) => of_storage(&error),
@@ -131,6 +134,7 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
         | FlushError::Row(_)
         | FlushError::Located(_)
         | FlushError::Compact(_)
+        | FlushError::Cancelled
         | FlushError::File(_)
         | FlushError::Path(_)
         | FlushError::Interrupted(_) => ApiError::internal(error),

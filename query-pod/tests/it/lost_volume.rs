@@ -18,7 +18,7 @@ use rand::{Rng as _, SeedableRng as _};
 use serde_json::json;
 
 use crate::BINARY;
-use crate::world::{PATIENCE, World, contents, insert, message, user};
+use crate::world::{PATIENCE, World, contents, insert, message, serve, user};
 
 /// [`MANIFESTS`] with a storage that is not on the pod's own disk.
 fn remote() -> String {
@@ -180,15 +180,20 @@ async fn rows_that_are_stored_first_are_visible_and_acknowledged_only_then() -> 
     Ok(())
 }
 
+/// A process that stored one row and ended.
+async fn leave_one_row(world: &World, owner: &Owner) -> anyhow::Result<()> {
+    let (engine, table) = world.open_with(&remote())?;
+    insert(&engine, &table, owner, 1).await?;
+    shipped(&engine).await?;
+    engine.close(Duration::from_secs(8)).await;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_idle_process_took_over_is_there_after_the_loss_of_its_volume() -> anyhow::Result<()> {
     let mut world = World::new(1, Rates::default())?;
     let owner = user("alice")?;
-    let (engine, table) = world.open_with(&remote())?;
-    insert(&engine, &table, &owner, 1).await?;
-    shipped(&engine).await?;
-    engine.close(Duration::from_secs(8)).await;
-    drop(engine);
+    leave_one_row(&world, &owner).await?;
     // It writes nothing, and so has nothing but a checkpoint, which took the place of its predecessor's stream.
     let (idle, table) = world.open_with(&remote())?;
     idle.open_known_streams(PATIENCE).await?;
@@ -352,11 +357,7 @@ async fn a_checkpoint_takes_the_place_of_all_that_came_before() -> anyhow::Resul
 async fn a_checkpoint_that_fails_is_written_again_and_nothing_is_deleted_for_half_of_one() -> anyhow::Result<()> {
     let mut world = World::new(1, Rates::default())?;
     let owner = user("alice")?;
-    let (engine, table) = world.open_with(&remote())?;
-    insert(&engine, &table, &owner, 1).await?;
-    shipped(&engine).await?;
-    engine.close(Duration::from_secs(5)).await;
-    drop(engine);
+    leave_one_row(&world, &owner).await?;
     // The fence and the first object pass, the part of the checkpoint does not.
     world.faults.script([None, None, Some(Fault::Garbled)]);
     let (engine, _) = world.open_with(&remote())?;
@@ -497,4 +498,90 @@ async fn rows_that_wait_for_a_storage_stay_bounded_and_all_of_them_arrive() -> a
     }
     engine.close(Duration::from_secs(5)).await;
     Ok(())
+}
+
+/// [`stored_first`] in a bucket that is reached at `endpoint`.
+fn in_bucket(endpoint: &str) -> String {
+    let bucket = format!("type: S3\n  s3: {{bucket: bucket, endpoint: '{endpoint}', allowHttp: true}}");
+    stored_first().replace("type: Filesystem\n  filesystem: {path: /remote}", &bucket)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_is_edited_is_the_same_storage_and_the_same_stream() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open_with(&in_bucket("http://a:1"))?;
+    for (id, endpoint) in (1..).zip(["http://b:1", "http://c:1", "http://a:1"]) {
+        insert(&engine, &table, &owner, id).await?;
+        serve(&engine, &in_bucket(endpoint))?;
+        engine.flush(&Engine::instance_id(&table, &owner)).await?;
+    }
+    insert(&engine, &table, &owner, 4).await?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 4);
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    let (engine, table) = world.open_with(&in_bucket("http://a:1"))?;
+    insert(&engine, &table, &owner, 5).await?;
+    world.lose_volume()?;
+    let (successor, table) = world.open_with(&in_bucket("http://d:1"))?;
+    ensure!(contents(&world, &successor, &table, &owner).await?.len() == 5);
+    engine.close(Duration::from_secs(1)).await;
+    successor.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storage_in_which_a_stranger_is_at_work_is_not_used() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    let (engine, table) = world.open_with(&stored_first())?;
+    insert(&engine, &table, &owner, 1).await?;
+    // A folder that was copied before the storage was used: same catalog, no rows, no streams.
+    world.dir = tempfile::tempdir()?;
+    let (copy, of_copy) = world.open_with(&stored_first())?;
+    let late = tokio::time::timeout(Duration::from_secs(3), insert(&copy, &of_copy, &owner, 2)).await;
+    ensure!(!matches!(late, Ok(Ok(()))), "a row of the copy is acknowledged");
+    ensure!(stream::incarnations(world.truth.as_ref()).await?.len() == 1, "the copy has begun a stream");
+    insert(&engine, &table, &owner, 3).await?;
+    engine.close(Duration::from_secs(5)).await;
+    copy.close(Duration::from_secs(1)).await;
+    drop((engine, copy));
+    world.lose_volume()?;
+    let (engine, table) = world.open_with(&stored_first())?;
+    ensure!(contents(&world, &engine, &table, &owner).await?.into_keys().eq([1, 3]));
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn statements_that_never_stop_do_not_keep_the_stream_from_being_shortened() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&stored_first())?;
+    let owner = user("alice")?;
+    let mut inserts = tokio::task::JoinSet::new();
+    for task in 0..64 {
+        let (engine, table, owner) = (Arc::clone(&engine), Arc::clone(&table), owner.clone());
+        inserts.spawn(async move {
+            for id in 0.. {
+                let row = message(&table, task * 1_000_000 + id, "generated");
+                engine.append(&table, &owner).await?.insert(vec![row]).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    let own = engine_incarnation(&world).await?;
+    eventually("a later checkpoint is complete", async || {
+        Ok(attempts(world.truth.as_ref(), &own).await?.iter().any(|attempt| attempt != "0000000001"))
+    })
+    .await?;
+    ensure!(inserts.try_join_next().is_none(), "the load has stopped");
+    inserts.shutdown().await;
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// The process whose stream is there, as soon as it is.
+async fn engine_incarnation(world: &World) -> anyhow::Result<String> {
+    eventually("its stream is begun", async || Ok(!stream::incarnations(world.truth.as_ref()).await?.is_empty())).await?;
+    stream::incarnations(world.truth.as_ref()).await?.pop().context("its stream")
 }

@@ -42,7 +42,8 @@ impl World {
     pub fn open_with(&self, manifests: &str) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
         let catalog = CatalogHandle::open(self.dir.path())?;
         let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
-        let (compiled, _) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
+        let (compiled, outcomes) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
+        ensure!(folder.problems.is_empty() && outcomes.iter().all(|o| o.verdict.is_ok()), "{:?}", folder.problems);
         if !self.lost {
             catalog.save(&compiled)?;
             catalog.serve(compiled.clone());
@@ -80,6 +81,15 @@ impl World {
             objects.iter().map(|meta| meta.location.to_string()).find(|path| path.contains("_cluster/stream/"));
         Ok(object.context("a commit")?.split('/').nth(2).context("its stream")?.to_owned())
     }
+}
+
+/// Changes what is declared while `engine` runs.
+pub fn serve(engine: &Arc<Engine>, manifests: &str) -> anyhow::Result<()> {
+    let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
+    let current = engine.catalog().current();
+    let (compiled, outcomes) = compile(&current.catalog, &folder.declared, OnRemoval::Retain);
+    ensure!(outcomes.iter().all(|outcome| outcome.verdict.is_ok()), "{outcomes:?}");
+    Ok(engine.serve_catalog(compiled)?)
 }
 
 /// How long the streams of a store that answers may take.
@@ -153,6 +163,13 @@ pub async fn contents(
         }
     }
     Ok(found)
+}
+
+/// The data files below `prefix`, named by a manifest or not.
+pub async fn data_files(world: &World, prefix: &object_store::path::Path) -> anyhow::Result<Vec<String>> {
+    let all: Vec<_> = world.truth.list(Some(prefix)).try_collect().await?;
+    let paths = all.iter().map(|meta| meta.location.to_string());
+    Ok(paths.filter(|path| path.ends_with(".parquet")).collect())
 }
 
 /// A row of `messages`.
