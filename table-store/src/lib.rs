@@ -27,6 +27,7 @@ pub mod probe;
 pub mod store;
 pub mod stream;
 mod stream_format;
+pub mod users;
 pub mod values;
 
 pub use catalog_log::CatalogLog;

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use kalamdb_model::catalog::Location;
 use kalamdb_model::ids::{Generation, InstanceId};
 use serde::{Deserialize, Serialize};
 
@@ -68,12 +69,25 @@ pub struct Manifest {
     pub last_seq: i64,
     /// The files.
     pub files: Vec<FileEntry>,
+    /// Where they lie, if not where the table's do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placed: Option<Placed>,
 }
 
 impl Default for Manifest {
     fn default() -> Self {
-        Self { format: FORMAT, last_seq: 0, files: Vec::new() }
+        Self { format: FORMAT, last_seq: 0, files: Vec::new(), placed: None }
     }
+}
+
+/// Where the files of an instance lie that was moved, or that began elsewhere than its table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Placed {
+    /// The place.
+    pub location: Location,
+    /// How often it was placed. After a crash two storages may both seem to have it: the higher number does.
+    pub moves: u32,
 }
 
 /// What one flush or compaction changed.
@@ -93,6 +107,10 @@ pub struct Edit {
     /// Rows of other files that rows of `add` replace, by path.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub replace: BTreeMap<String, Positions>,
+    /// The instance was placed: from now on its files are those of `add` and no others. The same edit stands in the stream
+    /// that it leaves, without files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placed: Option<Placed>,
 }
 
 /// Why bytes are no manifest.
@@ -107,6 +125,12 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// How often the instance was placed.
+    #[must_use]
+    pub fn moves(&self) -> u32 {
+        self.placed.as_ref().map_or(0, |placed| placed.moves)
+    }
+
     /// The manifest as JSON.
     ///
     /// # Panics
@@ -136,7 +160,8 @@ impl Manifest {
 /// The manifest after `edit`. Applying an edit again changes nothing.
 #[must_use]
 pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
-    let gone = |path: &String| edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path);
+    let placed = edit.placed.as_ref().filter(|placed| placed.moves > manifest.moves());
+    let gone = |path: &String| placed.is_some() || edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path);
     let mut files: Vec<FileEntry> = manifest.files.iter().filter(|file| !gone(&file.path)).cloned().collect();
     for file in &mut files {
         if let Some(replaced) = edit.replace.get(&file.path) {
@@ -145,7 +170,8 @@ pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
     }
     files.extend(edit.add.iter().cloned());
     files.sort_by(|a, b| a.path.cmp(&b.path));
-    Manifest { format: manifest.format, last_seq: manifest.last_seq.max(edit.last_seq), files }
+    let last_seq = manifest.last_seq.max(edit.last_seq);
+    Manifest { format: manifest.format, last_seq, files, placed: placed.or(manifest.placed.as_ref()).cloned() }
 }
 
 mod hex {
@@ -169,6 +195,7 @@ mod hex {
 #[cfg(test)]
 mod tests {
     use kalamdb_model::ids::{TableId, UserId};
+    use kalamdb_model::names::StorageName;
     use proptest::prelude::*;
 
     use super::*;
@@ -199,7 +226,26 @@ mod tests {
             add: add.iter().map(|n| file(&name(n))).collect(),
             remove: remove.iter().map(name).collect(),
             replace: BTreeMap::new(),
+            placed: None,
         }
+    }
+
+    fn placed(moves: u32) -> Option<Placed> {
+        let location = Location { storage: StorageName::new("s").unwrap(), root: 1, template: "t".to_owned() };
+        Some(Placed { location, moves })
+    }
+
+    #[test]
+    fn placing_takes_all_files_away_but_its_own_and_only_once() {
+        let before = apply(&Manifest::default(), &edit(&[1, 2], &[]));
+        let moving = Edit { placed: placed(1), ..edit(&[3], &[]) };
+        let moved = apply(&before, &moving);
+        assert_eq!((moved.files.len(), moved.moves()), (1, 1));
+        let later = apply(&moved, &edit(&[4], &[]));
+        assert_eq!((apply(&later, &moving).files.len(), later.moves()), (2, 1));
+        let left = apply(&later, &Edit { placed: placed(2), ..edit(&[], &[]) });
+        assert_eq!((left.files.len(), left.moves()), (0, 2));
+        assert_eq!(Manifest::decode(&left.encode()).unwrap(), left);
     }
 
     proptest! {

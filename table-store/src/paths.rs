@@ -226,10 +226,22 @@ pub fn owners_entry(number: u64) -> Path {
     child(&Path::from_iter([CLUSTER, "owners"]), &format!("{number:020}.json"))
 }
 
+/// The folder of the log of users.
+#[must_use]
+pub fn users_prefix() -> Path {
+    Path::from_iter(["_catalog", "users"])
+}
+
 /// Entry `version` of the log of users.
 #[must_use]
 pub fn users_entry(version: u64) -> Path {
-    Path::from_iter(["_catalog", "users", &format!("{version:020}.json")])
+    child(&users_prefix(), &format!("{version:020}.json"))
+}
+
+/// The version of a [`users_entry`]; `None` for other paths.
+#[must_use]
+pub fn users_entry_version(path: &Path) -> Option<u64> {
+    number(path, "").filter(|version| users_entry(*version) == *path)
 }
 
 /// A small object that shows whether a storage can be used.

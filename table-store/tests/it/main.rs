@@ -16,6 +16,7 @@ mod objects;
 mod parquet;
 mod sample;
 mod streams;
+mod users;
 
 macro_rules! on_every_store {
     ($($module:ident::$name:ident)*) => {
@@ -62,4 +63,7 @@ on_every_store! {
     catalog::a_damaged_object_is_an_error
     parquet::keys_are_found_in_files_of_every_key_type
     parquet::a_file_that_is_not_what_its_entry_says_is_an_error
+    users::what_is_put_is_loaded_and_followed
+    users::writers_at_once_lose_nothing
+    users::an_entry_that_cannot_be_read_is_never_no_users
 }

@@ -45,8 +45,7 @@ pub fn edit(n: u64) -> Edit {
         last_seq: i64::try_from(n).unwrap(),
         add: vec![file(n)],
         remove: if n.is_multiple_of(3) { vec![format!("old/{n}")] } else { Vec::new() },
-        replace: BTreeMap::new(),
-    }
+        replace: BTreeMap::new(), placed: None }
 }
 
 pub fn table(columns: &[(&str, &str, bool)]) -> TableEntry {
