@@ -383,8 +383,8 @@ fn table(name: &str, fields: &TableFields, kind: Kind, problems: &mut Problems) 
         problems.take("spec.location", location(url, kind));
     }
     let hours = fields.deleted_retention_hours;
-    let hours_fit = hours.is_none_or(|hours| (1..=RETENTION_HOURS_MAX).contains(&hours));
-    let range = format!("must be 1 to {RETENTION_HOURS_MAX}; leave it out to keep deleted rows for ever");
+    let hours_fit = hours.is_none_or(|hours| (0..=RETENTION_HOURS_MAX).contains(&hours));
+    let range = format!("must be 0 to {RETENTION_HOURS_MAX}; leave it out to keep deleted rows for ever");
     problems.unless(hours_fit, "spec.deletedRetentionHours", range);
     Some(TableSpec {
         flush_policy: flush_policy(fields.flush_policy.as_ref(), problems),

@@ -171,9 +171,10 @@ pub struct TableFields {
     /// Copies of the files on replica nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication: Option<Replication>,
-    /// How long deleted rows stay visible to `with_deleted`, at most ten years; without it, for ever.
+    /// How long deleted rows stay visible to `with_deleted`, at most ten years; 0 until the next compaction, without it for
+    /// ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 87_600))]
+    #[schemars(range(min = 0, max = 87_600))]
     pub deleted_retention_hours: Option<i32>,
     /// What an acknowledged write has survived; local if left out.
     #[serde(default, skip_serializing_if = "is_default")]

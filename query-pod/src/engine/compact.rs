@@ -9,15 +9,18 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use kalamdb_model::{InstanceId, TableEntry};
-use kalamdb_table_store::manifest::{Edit, FileEntry};
+use kalamdb_table_store::manifest::{Edit, FileEntry, Manifest};
 use kalamdb_table_store::merge::{Merge, MergeError};
 use kalamdb_table_store::{parquet_file, paths};
 use parking_lot::Mutex;
 
 use super::flush::{Encoded, FlushError, WAIT};
+use super::instance::{InstanceError, View};
+use super::jobs::{JobKind, Ticket};
 use super::{EPOCH, Engine, RootKey, now_us};
 use crate::crash;
 use crate::error::Chain;
@@ -33,7 +36,23 @@ const INPUT_BYTES_MAX: u64 = 128 << 20;
 /// How long after its retention a deleted row's bytes may stay in a file that has few of them.
 const DEAD_MAX_US: i64 = 24 * 3_600 * 1_000_000;
 
+/// How often all instances are looked at, idle ones too.
+const SWEEP: Duration = Duration::from_secs(3_600);
+/// Instances that are looked at in one go.
+const SWEEP_AT_ONCE: usize = 1_000;
+
 const HOUR_US: i64 = 3_600 * 1_000_000;
+
+/// Why files are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// A flush has added to them.
+    Flushed,
+    /// Somebody asked for it: whenever it gains anything.
+    Asked,
+    /// Time has passed.
+    Sweep,
+}
 
 /// What a compaction did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,11 +145,8 @@ fn within_budget(mut chosen: Vec<&FileEntry>) -> Vec<&FileEntry> {
 }
 
 impl Engine {
-    /// Compacts the files of `id` if it is worth it; with `all`, whenever it gains anything.
-    ///
-    /// # Errors
-    /// See [`FlushError`]; trying again is always right.
-    pub async fn compact(self: &Arc<Self>, id: &InstanceId, all: bool) -> Result<Compacted, FlushError> {
+    /// Compacts the files of `id` if it is worth it.
+    async fn compact(self: &Arc<Self>, id: &InstanceId, why: Why) -> Result<Compacted, FlushError> {
         let instance = self.instances.get(id)?;
         let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
         let _no_flush = earlier.map_err(|_| FlushError::Waiting)?;
@@ -142,7 +158,7 @@ impl Engine {
         self.open_stream(&root).await?;
         let view = Arc::clone(&instance.current.read().view);
         self.check_owner(&table, id, &view)?;
-        let Choice { files, deleted_until_us } = choose(&view.manifest.files, deleted_until(&table, now_us()), all);
+        let Choice { files, deleted_until_us } = choose(&view.manifest.files, deleted_until(&table, now_us()), why == Why::Asked);
         let files: Vec<FileEntry> = files.into_iter().cloned().collect();
         if files.is_empty() {
             return Ok(Compacted::default());
@@ -152,23 +168,45 @@ impl Engine {
         {
             return Err(FlushError::NewerRows { found, known: table.schema_version });
         }
-        let merged = self.merge(&table, id, &root, u64::from(view.flushed.0), &files, deleted_until_us).await?;
+        let kind = if why == Why::Sweep { JobKind::Retention } else { JobKind::Compaction };
+        let job = self.jobs.begin_for(kind, &table, id);
+        let outcome = self.rewrite(&table, id, &view, &files, deleted_until_us, &job).await;
+        job.end(&outcome);
+        if matches!(outcome, Err(FlushError::Cancelled)) { Ok(Compacted::default()) } else { outcome }
+    }
+
+    /// Puts one file in the place of `files`.
+    async fn rewrite(
+        self: &Arc<Self>,
+        table: &Arc<TableEntry>,
+        id: &InstanceId,
+        view: &View,
+        files: &[FileEntry],
+        deleted_until_us: Option<i64>,
+        job: &Ticket,
+    ) -> Result<Compacted, FlushError> {
+        let root = RootKey::of(&table.location);
+        let merging = self.merge(table, id, &root, u64::from(view.flushed.0), files, deleted_until_us);
+        let merged = tokio::select! {
+            merged = merging => merged?,
+            // Nothing is changed before the commit.
+            () = job.cancel.cancelled() => return Err(FlushError::Cancelled),
+        };
         crash::point("compact.merged");
         let add = match merged {
-            Some(file) => {
-                let generation = view.flushed;
-                self.upload(&table.location, id, generation, file).await?.add
-            }
+            Some(file) => self.upload(&table.location, id, view.flushed, file).await?.add,
             None => Vec::new(),
         };
         crash::point("compact.uploaded");
         let rows = add.iter().map(|file| file.rows).sum();
+        let bytes = add.iter().map(|file| file.bytes).sum();
         let last_seq = files.iter().map(|file| file.max_seq).max().unwrap_or(0);
         let remove: Vec<String> = files.iter().map(|file| file.path.clone()).collect();
-        let edit =
-            Edit { instance: id.clone(), generation: view.flushed, last_seq, add, remove, replace: BTreeMap::new() };
+        let (instance, generation, replace) = (id.clone(), view.flushed, BTreeMap::new());
+        let edit = Edit { instance, generation, last_seq, add, remove, replace, placed: None };
         self.ship(&root, edit).await?;
         crash::point("compact.published");
+        job.add(rows, bytes);
         self.describe(id, true).await;
         self.metrics.compactions.inc();
         tracing::info!(table = %table.name, files = files.len(), rows, "compacted an instance");
@@ -187,7 +225,7 @@ impl Engine {
         let published = tokio::task::spawn_blocking(move || engine.buffer.published()).await??;
         let (mut done, mut failure) = (Compacted::default(), None);
         for id in published.into_iter().filter(matches) {
-            match self.compact_in_turn(&id, true).await {
+            match self.compact_in_turn(&id, Why::Asked).await {
                 Ok(Compacted { files, rows }) => {
                     done.files += files;
                     done.rows += rows;
@@ -199,13 +237,13 @@ impl Engine {
     }
 
     /// One compaction of a storage at a time; one that is down holds up only its own.
-    async fn compact_in_turn(self: &Arc<Self>, id: &InstanceId, all: bool) -> Result<Compacted, FlushError> {
+    async fn compact_in_turn(self: &Arc<Self>, id: &InstanceId, why: Why) -> Result<Compacted, FlushError> {
         let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
             return Err(FlushError::TableGone);
         };
         let turns = Arc::clone(self.compactions.turns.lock().entry(RootKey::of(&table.location)).or_default());
         let _turn = tokio::time::timeout(WAIT, turns.lock()).await.map_err(|_| FlushError::Waiting)?;
-        self.compact(id, all).await
+        self.compact(id, why).await
     }
 
     /// After a flush: compacts soon if it is worth it.
@@ -218,7 +256,7 @@ impl Engine {
             let outcome = if engine.stop.is_cancelled() {
                 Ok(Compacted::default())
             } else {
-                engine.compact_in_turn(&id, false).await
+                engine.compact_in_turn(&id, Why::Flushed).await
             };
             engine.compactions.waiting.lock().remove(&id);
             if let Err(error) = outcome {
@@ -229,6 +267,43 @@ impl Engine {
                 );
             }
         });
+    }
+
+    /// Looks at every instance, also at those that nobody writes to: deleted rows go when their time is over.
+    ///
+    /// # Errors
+    /// If the write buffer does not read. What fails for one instance is tried again at the next sweep.
+    pub async fn sweep(self: &Arc<Self>) -> Result<(), FlushError> {
+        let engine = Arc::clone(self);
+        let published = tokio::task::spawn_blocking(move || engine.buffer.published()).await??;
+        for ids in published.chunks(SWEEP_AT_ONCE) {
+            let (engine, ids) = (Arc::clone(self), ids.to_vec());
+            let looking = tokio::task::spawn_blocking(move || engine.overdue(ids));
+            for id in looking.await?? {
+                if self.stop.is_cancelled() {
+                    return Ok(());
+                }
+                if let Err(error) = self.compact_in_turn(&id, Why::Sweep).await {
+                    tracing::warn!(table = id.table.0, error = %Chain(&error), "deleted rows whose time is over stay for now");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Those of `ids` whose files are worth a rewrite. Reads their records past the instances in memory: most are idle.
+    fn overdue(&self, ids: Vec<InstanceId>) -> Result<Vec<InstanceId>, FlushError> {
+        let (catalog, now) = (self.catalog.current(), now_us());
+        let mut overdue = Vec::new();
+        for id in ids {
+            let Some(until) = catalog.table_by_id(id.table).and_then(|table| deleted_until(table, now)) else { continue };
+            let Some(record) = self.buffer.record(&id)?.filter(|record| !record.manifest.is_empty()) else { continue };
+            let manifest = Manifest::decode(&record.manifest).map_err(InstanceError::from)?;
+            if !choose(&manifest.files, Some(until), false).files.is_empty() {
+                overdue.push(id);
+            }
+        }
+        Ok(overdue)
     }
 
     async fn merge(
@@ -263,6 +338,19 @@ impl Engine {
         drop(sender);
         let Some((written, bytes)) = encoding.await?? else { return Ok(None) };
         Ok(Some(Encoded::new(path, table, written, bytes)))
+    }
+}
+
+/// Sweeps until the engine stops.
+pub(super) async fn run(engine: Arc<Engine>) {
+    loop {
+        tokio::select! {
+            () = engine.stop.cancelled() => return,
+            () = tokio::time::sleep(SWEEP) => {}
+        }
+        if let Err(error) = engine.sweep().await {
+            tracing::warn!(error = %Chain(&error), "cannot look for deleted rows whose time is over");
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{CommitError, RowError};
 
 use super::instance::{Instance, InstanceError, View};
+use super::jobs::{JobKind, Ticket};
 use super::read::{Batches, ReadError};
 use super::ship::ShipError;
 use super::storages::StoragesError;
@@ -110,6 +111,9 @@ pub enum FlushError {
     /// The commit.
     #[error("failed to commit the file")]
     Ship(#[source] ShipError),
+    /// It was stopped on request.
+    #[error("it was stopped on request")]
+    Cancelled,
     /// A worker thread was lost.
     #[error("the flush was interrupted")]
     Interrupted(#[from] tokio::task::JoinError),
@@ -133,6 +137,17 @@ impl Engine {
         let instance = self.instances.get(id)?;
         let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
         let _one_at_a_time = earlier.map_err(|_| FlushError::Waiting)?;
+        let counters = self.buffer.counters(id)?;
+        if counters.rows == 0 && !counters.has_frozen() {
+            return Ok(Flushed::default());
+        }
+        let job = self.jobs.begin_for(JobKind::Flush, &*self.table(id)?, id);
+        let outcome = self.flush_buffered(id, &job).await;
+        job.end(&outcome);
+        outcome
+    }
+
+    async fn flush_buffered(self: &Arc<Self>, id: &InstanceId, job: &Ticket) -> Result<Flushed, FlushError> {
         let mut flushed = Flushed::default();
         // Before anything is frozen or uploaded: what a former process committed and did not publish must not be written
         // again.
@@ -142,7 +157,9 @@ impl Engine {
         while let Some(generation) = self.freeze(id).await? {
             crash::point("flush.frozen");
             // Taken after the freeze: a column that was added while we waited is in the frozen rows already.
-            flushed.rows += self.flush_generation(&self.table(id)?, id, generation).await?;
+            let (rows, bytes) = self.flush_generation(&self.table(id)?, id, generation).await?;
+            flushed.rows += rows;
+            job.add(rows, bytes);
             if generation >= last {
                 break;
             }
@@ -158,12 +175,13 @@ impl Engine {
         self.catalog.current().table_by_id(id.table).cloned().ok_or(FlushError::TableGone)
     }
 
+    /// Returns rows and bytes of the file.
     async fn flush_generation(
         self: &Arc<Self>,
         table: &Arc<TableEntry>,
         id: &InstanceId,
         generation: Generation,
-    ) -> Result<u64, FlushError> {
+    ) -> Result<(u64, u64), FlushError> {
         let root = RootKey::of(&table.location);
         let started = std::time::Instant::now();
         let replace = self.replaced_by(table, id, generation).await?;
@@ -188,7 +206,7 @@ impl Engine {
             elapsed_ms = started.elapsed().as_millis(),
             "flushed an instance"
         );
-        Ok(rows)
+        Ok((rows, size))
     }
 
     /// The rows of files that the rows of a frozen generation replace. Nothing changes them meanwhile: only a flush does,
@@ -300,6 +318,7 @@ impl Engine {
             add: vec![file.entry],
             remove: Vec::new(),
             replace: BTreeMap::new(),
+            placed: None,
         })
     }
 }

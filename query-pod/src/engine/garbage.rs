@@ -3,6 +3,7 @@
 //! A file is noted before the edit that takes it away is published, and whether it is still named is asked again before
 //! it is deleted. So a crash between any two steps deletes nothing that is needed, and forgets nothing that is not.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,9 @@ use object_store::ObjectStoreExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
+use super::instance::View;
+use super::jobs::{JobKind, Ticket};
+use super::storages::StoragesError;
 use super::{Engine, RootKey, now_us};
 use crate::error::Chain;
 
@@ -32,11 +36,24 @@ struct Note {
     instance: InstanceId,
     /// When its time began, microseconds since 1970.
     since_us: i64,
+    /// Its size.
+    bytes: u64,
+}
+
+/// A file that could not be removed.
+#[derive(Debug, thiserror::Error)]
+enum RemoveError {
+    #[error("its storage is not usable")]
+    Storage(#[from] StoragesError),
+    #[error("its path is none")]
+    Path(#[from] object_store::path::Error),
+    #[error("its storage does not remove it")]
+    Store(#[from] object_store::Error),
 }
 
 impl Engine {
     /// Takes note of the files that `edit` is about to take away. Blocking.
-    pub(super) fn note_garbage(&self, root: &RootKey, edit: &Edit) -> Result<(), ReadError> {
+    pub(super) fn note_garbage(&self, root: &RootKey, view: &View, edit: &Edit) -> Result<(), ReadError> {
         for path in &edit.remove {
             let note = Note {
                 storage: root.storage.clone(),
@@ -44,6 +61,7 @@ impl Engine {
                 path: path.clone(),
                 instance: edit.instance.clone(),
                 since_us: now_us(),
+                bytes: view.file(path).map_or(0, |file| file.bytes),
             };
             let text = serde_json::to_vec(&note).expect("names and numbers always have a JSON form");
             self.buffer.state_put(&format!("{NOTES}{root}/{path}"), &text)?;
@@ -51,7 +69,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn remove(&self, root: &RootKey, path: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn remove(&self, root: &RootKey, path: &str) -> Result<(), RemoveError> {
         let store = self.storages.store(&self.catalog.current(), root)?;
         match store.delete(&Path::parse(path)?).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -61,9 +79,9 @@ impl Engine {
 
     async fn remove_garbage(self: &Arc<Self>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let after_us = i64::try_from(self.limits.garbage_after_secs.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
-        let mut removed = 0;
+        let (mut removed, mut jobs) = (0, HashMap::new());
         for (key, text) in self.buffer.state_scan(NOTES)? {
-            let Ok(Note { storage, root, path, instance, since_us }) = serde_json::from_slice(&text) else {
+            let Ok(Note { storage, root, path, instance, since_us, bytes }) = serde_json::from_slice(&text) else {
                 tracing::error!(object_path = %key, "a note of a replaced file is damaged; the file stays");
                 continue;
             };
@@ -76,15 +94,25 @@ impl Engine {
             let named = self.instances.get(&instance)?.current.read().view.file(&path).is_some();
             if !named {
                 let root = RootKey { storage, root };
+                let outcome = self.remove(&root, &path).await;
+                if let Some(table) = self.catalog.current().table_by_id(instance.table) {
+                    let job = jobs.entry(table.id).or_insert_with(|| self.jobs.begin(JobKind::Garbage, table));
+                    job.count(&instance);
+                    match &outcome {
+                        Ok(()) => job.add(0, bytes),
+                        Err(error) => job.fail(error),
+                    }
+                }
                 // A storage that is down keeps its garbage; the others lose theirs.
-                if let Err(error) = self.remove(&root, &path).await {
-                    tracing::warn!(object_path = %path, error = %Chain(error.as_ref()), "cannot remove a replaced file yet");
+                if let Err(error) = outcome {
+                    tracing::warn!(object_path = %path, error = %Chain(&error), "cannot remove a replaced file yet");
                     continue;
                 }
             }
             self.buffer.state_delete(&key)?;
             removed += 1;
         }
+        jobs.into_values().for_each(Ticket::done);
         Ok(())
     }
 }

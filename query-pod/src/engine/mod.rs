@@ -18,6 +18,7 @@ mod describe;
 mod flush;
 mod garbage;
 mod instance;
+mod jobs;
 mod locate;
 mod publish;
 mod read;
@@ -42,6 +43,7 @@ pub use compact::Compacted;
 pub use counted::Requests;
 pub use flush::{FlushError, Flushed};
 pub use instance::View;
+pub use jobs::{Job, JobKind, JobState, Jobs};
 pub use locate::Row;
 pub use read::{ReadError, Rows};
 pub use rebuild::Rebuilding;
@@ -86,6 +88,7 @@ pub struct Engine {
     /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
     broken: AtomicBool,
     compactions: compact::Compactions,
+    jobs: Jobs,
     /// Set when the data is another's, for good.
     disowned: OnceLock<Disowned>,
     tasks: TaskTracker,
@@ -145,6 +148,7 @@ impl Engine {
             metrics,
             broken: AtomicBool::new(false),
             compactions: compact::Compactions::default(),
+            jobs: Jobs::default(),
             disowned: OnceLock::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -153,6 +157,7 @@ impl Engine {
         engine.pick_up_where_we_stopped()?;
         engine.spawn(schedule::run(Arc::clone(&engine)));
         engine.spawn(garbage::run(Arc::clone(&engine)));
+        engine.spawn(compact::run(Arc::clone(&engine)));
         Ok(engine)
     }
 
@@ -237,6 +242,12 @@ impl Engine {
     #[must_use]
     pub const fn catalog(&self) -> &CatalogHandle {
         &self.catalog
+    }
+
+    /// What it does in the background.
+    #[must_use]
+    pub const fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     /// The stores behind locations.

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use kalamdb_model::Generation;
 use kalamdb_table_store::manifest::{self, Edit};
 use kalamdb_table_store::stream::RowBlock;
@@ -14,6 +15,9 @@ use super::instance::{InstanceError, Position, View};
 use super::ship::{Backoff, Disowned, ShipError};
 use super::{Engine, RootKey};
 use crate::error::Chain;
+
+/// Blocks of rows that are taken back at once.
+const RESTORES_MAX: usize = 1_024;
 
 /// Why a committed edit cannot be made visible.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +46,7 @@ impl Engine {
         if is_published(&current.view, edit) {
             return Ok(());
         }
-        self.note_garbage(root, edit)?;
+        self.note_garbage(root, &current.view, edit)?;
         let manifest = manifest::apply(&current.view.manifest, edit);
         self.buffer.publish(&edit.instance, edit.generation.max(current.view.flushed), &manifest.encode())?;
         // Keys of which nothing was found may be in the new file; of the others those are still where they were whose rows
@@ -143,8 +147,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes rows of a commit stream back into the buffer, but those that are there, or in files.
-    pub(super) async fn restore(&self, block: RowBlock) -> Result<u64, PublishError> {
+    /// Takes rows of one object of a commit stream back into the buffer, but those that are there, or in files, and tells
+    /// how many. Many blocks at once, so that they share the fsyncs.
+    pub(super) async fn restore_all(&self, blocks: Vec<RowBlock>) -> Result<u64, PublishError> {
+        let restoring = stream::iter(blocks.into_iter().map(|block| self.restore(block)));
+        restoring.buffer_unordered(RESTORES_MAX).try_fold(0, async |all, rows| Ok(all + rows)).await
+    }
+
+    async fn restore(&self, block: RowBlock) -> Result<u64, PublishError> {
         let RowBlock { instance: id, rows, .. } = block;
         let in_files = self.instances.get(&id)?.current.read().view.manifest.last_seq;
         let mut missing = Vec::with_capacity(rows.len());

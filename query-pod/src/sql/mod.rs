@@ -22,6 +22,7 @@ mod rewrite;
 mod scopes;
 mod session;
 mod sum;
+mod system_tables;
 mod unfolding;
 mod weight;
 mod wildcard;
@@ -170,6 +171,7 @@ impl Sql {
             Statement::Delete(delete) => Box::pin(self.delete(request, &snapshot, *delete)).await,
             Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
             Statement::Compact(target) => self.compact(request, &snapshot, &target).await,
+            Statement::CancelJob(id) => self.cancel_job(request, &id),
         }
     }
 
@@ -227,6 +229,20 @@ impl Sql {
             .map_err(|error| engine_errors::of_flush(&error))?;
         let message = format!("compacted {} file(s) of `{}`", done.files, table.name);
         Ok(Answer::affected(done.files, message))
+    }
+
+    /// `CANCEL JOB 'id'`, for `dba` and `system`.
+    fn cancel_job(&self, request: &Request<'_>, id: &str) -> Result<Answer, ApiError> {
+        system_tables::check_role(request.identity.role, "cancelling a job")?;
+        let refuse = |kind, code, message: String| Err(ApiError::new(kind, code, message));
+        match self.engine.jobs().cancel(id) {
+            Some(true) => Ok(Answer::affected(1, format!("job `{id}` is asked to stop"))),
+            Some(false) => {
+                let message = format!("job `{id}` has ended, or is of a kind that is never stopped");
+                refuse(Kind::Conflict, "JOB_NOT_CANCELLABLE", message)
+            }
+            None => refuse(Kind::NotFound, "JOB_NOT_FOUND", format!("there is no job `{id}`; see `system.jobs`")),
+        }
     }
 
     /// The table that `target` names for this request.

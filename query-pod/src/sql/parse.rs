@@ -31,6 +31,8 @@ pub enum Statement {
     Flush(TableRef),
     /// `STORAGE COMPACT TABLE t`.
     Compact(TableRef),
+    /// `CANCEL JOB 'id'`.
+    CancelJob(String),
 }
 
 /// A query with how it is to be answered.
@@ -97,7 +99,7 @@ pub fn parse(sql: &str) -> Result<Statement, ApiError> {
     check_names(&tokens)?;
     check_chains(&tokens)?;
     let mut parser = Parser::new(&dialect).with_recursion_limit(DEPTH_MAX).with_tokens_with_locations(tokens);
-    if let Some(statement) = storage(&mut parser)? {
+    if let Some(statement) = command(&mut parser)? {
         return Ok(statement);
     }
     let statements = {
@@ -218,8 +220,8 @@ pub(super) fn shorten(message: &str) -> String {
     }
 }
 
-/// `STORAGE FLUSH TABLE name` and `STORAGE COMPACT TABLE name`, which the SQL parser does not know.
-fn storage(parser: &mut Parser<'_>) -> Result<Option<Statement>, ApiError> {
+/// `STORAGE FLUSH TABLE name`, `STORAGE COMPACT TABLE name` and `CANCEL JOB 'id'`, which the SQL parser does not know.
+fn command(parser: &mut Parser<'_>) -> Result<Option<Statement>, ApiError> {
     let word = |parser: &mut Parser<'_>, wanted: &str| {
         let matches =
             matches!(&parser.peek_token().token, Token::Word(word) if word.value.eq_ignore_ascii_case(wanted));
@@ -228,6 +230,25 @@ fn storage(parser: &mut Parser<'_>) -> Result<Option<Statement>, ApiError> {
         }
         matches
     };
+    let end = |parser: &mut Parser<'_>, statement: Statement| {
+        while parser.consume_token(&Token::SemiColon) {}
+        if matches!(parser.peek_token().token, Token::EOF) {
+            return Ok(Some(statement));
+        }
+        Err(syntax_at(parser, "expected the end of the statement"))
+    };
+    if word(parser, "CANCEL") {
+        if !word(parser, "JOB") {
+            return Err(syntax_at(parser, "expected `JOB 'id'`"));
+        }
+        return match parser.peek_token().token {
+            Token::SingleQuotedString(id) => {
+                parser.advance_token();
+                end(parser, Statement::CancelJob(id))
+            }
+            _ => Err(syntax_at(parser, "expected the id of a job, in quotes")),
+        };
+    }
     if !word(parser, "STORAGE") {
         return Ok(None);
     }
@@ -240,18 +261,15 @@ fn storage(parser: &mut Parser<'_>) -> Result<Option<Statement>, ApiError> {
         return Err(syntax_at(parser, "expected `TABLE namespace.table`"));
     }
     let name = parser.parse_object_name(false).map_err(syntax)?;
-    while parser.consume_token(&Token::SemiColon) {}
-    if !matches!(parser.peek_token().token, Token::EOF) {
-        return Err(syntax_at(parser, "expected the end of the statement"));
-    }
-    Ok(Some(statement(table_ref(&name)?)))
+    end(parser, statement(table_ref(&name)?))
 }
 
 pub(super) fn refuse<T>(what: impl std::fmt::Display) -> Result<T, ApiError> {
     Err(ApiError::invalid(
         "UNSUPPORTED_STATEMENT",
         format!(
-            "{what} is not supported; use SELECT, EXPLAIN, INSERT, UPDATE, DELETE, STORAGE FLUSH TABLE or STORAGE COMPACT TABLE"
+            "{what} is not supported; use SELECT, EXPLAIN, INSERT, UPDATE, DELETE, STORAGE FLUSH TABLE, STORAGE COMPACT TABLE \
+             or CANCEL JOB"
         ),
     ))
 }

@@ -20,7 +20,7 @@ use kalamdb_model::{SqlName, StorageName, TableName};
 use object_store::ObjectStore;
 
 use super::parse::TABLE_FUNCTIONS;
-use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum};
+use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum, system_tables};
 use crate::auth::Identity;
 use crate::catalog::{CatalogHandle, Snapshot};
 use crate::engine::{Engine, RootKey, Storages};
@@ -271,6 +271,9 @@ impl SchemaProvider for Tables {
         }
         if self.schema == information_schema::NAME {
             return information_schema::table(&self.visible, name);
+        }
+        if self.schema == system_tables::NAME {
+            return system_tables::table(&self.visible, name);
         }
         let entry = self.entry(name).and_then(|name| self.visible.snapshot.table(&name).cloned());
         let Some(entry) = entry else { return Ok(None) };

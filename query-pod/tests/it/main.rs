@@ -16,6 +16,7 @@ mod outside;
 mod plans;
 mod sql;
 mod types;
+mod upkeep;
 mod world;
 
 use anyhow::ensure;

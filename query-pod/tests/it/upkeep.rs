@@ -1,0 +1,104 @@
+//! What the pod does by itself: it tells about it, and it comes to those, too, who do nothing.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use kalamdb_query_pod::engine::{Engine, JobKind, JobState};
+use kalamdb_table_store::paths;
+use kalamdb_test_support::fault_store::Rates;
+use kalamdb_test_support::pod::{Home, MANIFESTS, eventually};
+use object_store::ObjectStoreExt as _;
+use serde_json::json;
+
+use crate::world::{World, contents, data_files, insert, message, user};
+use crate::{BINARY, refusal, refused};
+
+#[tokio::test]
+async fn jobs_are_shown_to_those_who_run_the_pod_and_to_nobody_else() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let pod = home.start().await?;
+    for (name, rows) in [("alice", "(1, 'a'), (2, 'b')"), ("bob", "(1, 'c')")] {
+        pod.run(name, &format!("INSERT INTO app.messages (id, body) VALUES {rows}"), json!([])).await?;
+    }
+    let before = pod.sql_as("root", "dba", "SELECT count(*) FROM system.jobs", json!([])).await?;
+    ensure!(json!(before.rows()?) == json!([["0"]]), "{}", before.text);
+    pod.sql_as("root", "dba", "STORAGE FLUSH TABLE app.messages", json!([])).await?.rows()?;
+    let sql = "SELECT kind, table_name, users, rows, bytes > 0, state, error, ended_at >= started_at, job_id FROM system.jobs";
+    let shown = pod.sql_as("root", "dba", sql, json!([])).await?;
+    let job = shown.rows()?[0].clone();
+    let id = job[8].as_str().context("its id")?.to_owned();
+    ensure!(json!(job) == json!(["flush", "app.messages", "2", "3", true, "done", null, true, id]), "{}", shown.text);
+    for role in ["user", "service"] {
+        let answer = pod.sql_as("alice", role, sql, json!([])).await?;
+        refusal(sql, &answer, 403, "PERMISSION_DENIED")?;
+    }
+    refused(&pod, "SELECT * FROM system.nothing", json!([]), 404, "TABLE_NOT_FOUND").await?;
+    refused(&pod, &format!("CANCEL JOB '{id}'"), json!([]), 403, "PERMISSION_DENIED").await?;
+    let ended = pod.sql_as("root", "dba", &format!("CANCEL JOB '{id}';"), json!([])).await?;
+    refusal("CANCEL JOB", &ended, 409, "JOB_NOT_CANCELLABLE")?;
+    let unknown = pod.sql_as("root", "dba", "cancel job 'x'", json!([])).await?;
+    ensure!(refusal("cancel job", &unknown, 404, "JOB_NOT_FOUND")?.contains("`x`"), "{}", unknown.text);
+    for sql in ["CANCEL", "CANCEL JOB", "CANCEL JOB x", "CANCEL JOB 'x' 'y'"] {
+        refused(&pod, sql, json!([]), 400, "SYNTAX_ERROR").await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_that_fails_is_a_job_that_says_why() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open()?;
+    let owner = user("alice")?;
+    insert(&engine, &table, &owner, 1).await?;
+    engine.flush(&Engine::instance_id(&table, &owner)).await?;
+    world.faults.set_down(true);
+    insert(&engine, &table, &owner, 2).await?;
+    let flushing = engine.flush(&Engine::instance_id(&table, &owner)).await;
+    ensure!(flushing.is_err());
+    let failed = engine.jobs().all().pop().context("a job")?;
+    ensure!(failed.state == JobState::Failed && failed.error.is_some_and(|error| error.contains("upload")));
+    world.faults.set_down(false);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deleted_rows_whose_time_is_over_leave_the_files_of_idle_users_too() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let kept = MANIFESTS.to_owned();
+    let dropped = MANIFESTS.replace("flushPolicy", "deletedRetentionHours: 0\n  flushPolicy");
+    let (owner, idle) = (user("alice")?, user("bob")?);
+    let (engine, table) = world.open_with(&kept)?;
+    for owner in [&owner, &idle] {
+        for id in 0..10 {
+            insert(&engine, &table, owner, id).await?;
+        }
+        let deleted = (0..3).map(|id| message(&table, id, "secret")).collect();
+        engine.write(&table, owner).await?.commit(Vec::new(), deleted).await?;
+        engine.flush(&Engine::instance_id(&table, owner)).await?;
+    }
+    engine.sweep().await?;
+    ensure!(engine.jobs().all().iter().all(|job| job.kind == JobKind::Flush), "deleted rows are kept for ever");
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    let (engine, table) = world.open_with(&dropped)?;
+    engine.sweep().await?;
+    for owner in [&owner, &idle] {
+        let rows = engine.read(&table, owner, vec![0], None).await?;
+        let files = &rows.view.manifest.files;
+        ensure!(files.len() == 1 && files[0].rows == 7 && files[0].tombstones.is_empty(), "{files:?}");
+        ensure!(contents(&world, &engine, &table, owner).await?.len() == 7);
+    }
+    let jobs = engine.jobs().all();
+    ensure!(jobs.iter().any(|job| job.kind == JobKind::Retention && job.users == 2 && job.rows == 14), "{jobs:?}");
+    let prefix = paths::instance_prefix(&table.location, &idle)?;
+    eventually("the files with deleted rows are gone", async || {
+        Ok(data_files(&world, &prefix).await?.len() == 1)
+    })
+    .await?;
+    ensure!(engine.jobs().all().iter().any(|job| job.kind == JobKind::Garbage && job.bytes > 0));
+    let there = world.truth.head(&paths::outside_manifest(&prefix)).await;
+    ensure!(there.is_ok(), "the manifest for outside readers stays");
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
