@@ -67,8 +67,6 @@ pub enum Reason {
     InvalidTemplate,
     /// The change would break stored rows.
     IncompatibleChange,
-    /// A promise that this version cannot keep.
-    Unsupported,
 }
 
 impl Reason {
@@ -85,7 +83,6 @@ impl Reason {
             Self::NameReserved => "NameReserved",
             Self::InvalidTemplate => "InvalidTemplate",
             Self::IncompatibleChange => "IncompatibleChange",
-            Self::Unsupported => "Unsupported",
         }
     }
 }
