@@ -10,6 +10,7 @@ use crate::declared::{Access, DeletionPolicy, Durability, FlushPolicy, ObjectRef
 use crate::defaults::DefaultExpr;
 use crate::ids::{ColumnId, TableId};
 use crate::names::{SqlName, StorageName, TableName};
+use crate::template;
 use crate::types::ColumnType;
 use crate::value::Value;
 
@@ -118,6 +119,9 @@ pub struct TableEntry {
     pub location: Location,
     /// Whether a user's own storage goes before `location`.
     pub use_user_storage: bool,
+    /// Whether it ever did: rows may lie in any storage that users had.
+    #[serde(default)]
+    pub had_user_storage: bool,
     /// When to flush.
     pub flush_policy: FlushPolicy,
     /// Copies.
@@ -226,6 +230,25 @@ fn with_field_id(field: Field, id: u32) -> Field {
 }
 
 impl Catalog {
+    /// Where the rows of a user lie who has `storage` as his own, in a table that lets him; `None` if it is not there.
+    #[must_use]
+    pub fn place_in(&self, storage: &StorageName, table: &TableEntry) -> Option<Location> {
+        let entry = self.storages.get(storage)?;
+        let template = template::resolve(&entry.user_tables_template, &table.name);
+        Some(Location { storage: storage.clone(), root: entry.current_root, template })
+    }
+
+    /// Another table than `table` whose files may get in the way of those that lie at `location`.
+    #[must_use]
+    pub fn in_the_way(&self, table: &TableEntry, location: &Location) -> Option<&TableEntry> {
+        let root = self.root(location)?;
+        let overlaps = |other: &&TableEntry| {
+            let found = self.root(&other.location);
+            found.is_some_and(|found| root.overlaps(&location.template, found, &other.location.template))
+        };
+        self.tables.values().chain(self.retained.values()).filter(|other| other.id != table.id).find(overlaps)
+    }
+
     /// The root that a location is pinned to.
     #[must_use]
     pub fn root(&self, location: &Location) -> Option<&StorageRoot> {

@@ -295,9 +295,6 @@ impl Pass<'_> {
         let namespace = self.namespace_of_object(&spec.namespace_ref)?;
         let name = TableName { namespace, table: spec.table_name.clone() };
         self.refuse_taken("table", &name, self.next.tables.get(&name).map(|entry| &entry.object))?;
-        if spec.use_user_storage {
-            warnings.push("spec.useUserStorage: users have no storages of their own in this version".to_owned());
-        }
         self.check_replication(spec.replication.as_ref(), warnings)?;
         let kind = if object.kind == Kind::UserTable { TableKind::User } else { TableKind::Shared };
         // Another object under the name of one whose files were to go with it: a new table, not the old one again.
@@ -347,6 +344,7 @@ impl Pass<'_> {
             key,
             location,
             use_user_storage: spec.use_user_storage,
+            had_user_storage: spec.use_user_storage || old.is_some_and(|old| old.had_user_storage),
             flush_policy: spec.flush_policy,
             replication: spec.replication.clone(),
             deleted_retention_hours: spec.deleted_retention_hours,
@@ -407,7 +405,10 @@ impl Pass<'_> {
         let taken =
             self.previous.tables.values().chain(self.previous.retained.values()).chain(self.next.tables.values());
         for other in taken.filter(|other| other.name != *name) {
-            if self.overlap(&location, &other.location) {
+            // Users of the other table may have any storage as their own.
+            let of_users = self.next.storages.keys().filter(|_| other.had_user_storage);
+            let of_users = of_users.filter_map(|storage| self.next.place_in(storage, other));
+            if of_users.chain([other.location.clone()]).any(|taken| self.overlap(&location, &taken)) {
                 return refuse(
                     Reason::Conflict,
                     format!("its files would lie at `{}`, where those of `{}` lie", location.template, other.name),
@@ -463,9 +464,7 @@ impl Pass<'_> {
     fn overlap(&self, a: &Location, b: &Location) -> bool {
         let root = |location: &Location| self.next.root(location).or_else(|| self.previous.root(location));
         let (Some(x), Some(y)) = (root(a), root(b)) else { return false };
-        let ((place_x, path_x), (place_y, path_y)) = (x.place(), y.place());
-        let full = |path: &str, template: &str| format!("{path}/{template}").trim_matches('/').to_owned();
-        place_x == place_y && template::overlap(&full(path_x, &a.template), &full(path_y, &b.template))
+        x.overlaps(&a.template, y, &b.template)
     }
 
     fn warn_of_move(&self, spec: &TableSpec, old: &TableEntry, warnings: &mut Vec<String>) {
@@ -491,8 +490,12 @@ impl Pass<'_> {
                 self.next.retained.insert(name.clone(), entry.clone());
             }
         }
-        let used: Vec<StorageName> =
-            self.next.tables.values().chain(self.next.retained.values()).map(|t| t.location.storage.clone()).collect();
+        let tables = || self.next.tables.values().chain(self.next.retained.values());
+        let mut used: Vec<StorageName> = tables().map(|table| table.location.storage.clone()).collect();
+        // Nobody here knows which users have storages of their own: their rows stay within reach.
+        if tables().any(|table| table.had_user_storage) {
+            used.extend(self.previous.storages.keys().cloned());
+        }
         for storage in used {
             if let Some(entry) = self.previous.storages.get(&storage) {
                 self.next.storages.entry(storage).or_insert_with(|| entry.clone());

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::defaults::DefaultExpr;
 use crate::names::{SqlName, StorageName};
+use crate::template;
 use crate::types::ColumnType;
 
 /// The kinds of declared objects.
@@ -163,6 +164,14 @@ impl StorageRoot {
             Self::Gcs { bucket, prefix } => (format!("gs:{bucket}"), prefix),
             Self::Azure { account, container, prefix, .. } => (format!("az:{account}/{container}"), prefix),
         }
+    }
+
+    /// Whether files of `template` below this root and files of `other_template` below `other` could be the same.
+    #[must_use]
+    pub fn overlaps(&self, template: &str, other: &Self, other_template: &str) -> bool {
+        let ((place, path), (other_place, other_path)) = (self.place(), other.place());
+        let full = |path: &str, template: &str| format!("{path}/{template}").trim_matches('/').to_owned();
+        place == other_place && template::overlap(&full(path, template), &full(other_path, other_template))
     }
 
     /// The root as a URL, for messages and for matching inline locations: `s3://bucket/prefix`, `file:///data`.

@@ -202,11 +202,7 @@ impl Cache {
 impl Inner {
     fn insert(&self, key: Key, chunk: Chunk) {
         let location = if self.reserve.is_left() { Location::Default } else { Location::InMem };
-        drop(self.chunks.insert_with_properties(
-            key,
-            chunk,
-            HybridCacheProperties::default().with_location(location),
-        ));
+        drop(self.chunks.insert_with_properties(key, chunk, HybridCacheProperties::default().with_location(location)));
     }
 
     fn in_memory(&self, key: &Key) -> Option<Chunk> {

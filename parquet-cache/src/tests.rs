@@ -492,7 +492,9 @@ async fn nothing_goes_to_a_disk_that_has_less_free_than_is_kept_for_rows() {
         cache.fill(&"root".into(), &Path::from("a.parquet"), &file);
         cache.close(Duration::from_secs(10)).await;
         let blocks = std::fs::read_dir(&settings.folder).unwrap();
-        blocks.map(|entry| std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512).sum::<u64>()
+        blocks
+            .map(|entry| std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512)
+            .sum::<u64>()
     };
     let before = written(Settings { disk_reserve_bytes: 1, ..on_disk(&folder.path().join("free")) }).await;
     assert!(before > C, "with room it goes to the disk: {before}");

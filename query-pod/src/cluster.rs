@@ -40,6 +40,7 @@ pub async fn run(args: &Serve) -> anyhow::Result<()> {
     let home = store::open_home(&args.home_url, |name| std::env::var(name).ok()).context("KALAMDB_HOME_URL")?;
     let parts = Parts::open(&args.server)?;
     own(home.as_ref(), &parts).await?;
+    parts.engine.follow_users(Arc::clone(&home));
     let saved = args.server.data_dir.join("secrets.json");
     let credentials = CredentialsReader::open(saved, parts.secrets.clone(), args.kube_namespace.clone());
     let tailing = tokio::spawn(tail(home, Arc::clone(&parts.engine), parts.ready.clone(), Arc::clone(&parts.metrics)));

@@ -18,3 +18,6 @@ pub const COMPACTION_POINTS: [&str; 4] = ["compact.merged", "compact.uploaded", 
 /// All points, in the order in which a flush passes them.
 pub const FLUSH_POINTS: [&str; 6] =
     ["flush.frozen", "flush.encoded", "flush.uploaded", "flush.committed", "flush.published", "flush.reclaimed"];
+
+/// All points of a move between storages, in order. The commit of one that has nothing to flush is the first of its process.
+pub const MOVE_POINTS: [&str; 5] = ["move.copied", "move.noted", "flush.committed", "move.arrived", "move.left"];

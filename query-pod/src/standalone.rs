@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use kalamdb_crds::manifests::{self, Folder};
 use kalamdb_model::{Catalog, OnRemoval, compile};
-use kalamdb_table_store::catalog_log;
 use kalamdb_table_store::store::Credentials;
+use kalamdb_table_store::{FilesystemStore, catalog_log};
 
 use crate::args::Standalone;
 use crate::auth::Tokens;
@@ -36,6 +36,7 @@ pub async fn run(args: &Standalone) -> anyhow::Result<()> {
     anyhow::ensure!(folder.is_dir(), "the manifest folder `{}` does not exist", folder.display());
     let parts = Parts::open(&args.server)?;
     let tokens = Tokens::of_data_dir(&args.server.data_dir)?;
+    parts.engine.follow_users(Arc::new(FilesystemStore::open(&args.server.data_dir.join("home"))?));
     let mut watched = Watched::new(parts.catalog.clone(), Arc::clone(&parts.engine), parts.secrets.clone());
     watched.look(&folder);
     parts.ready.send_replace(true);

@@ -161,7 +161,9 @@ impl Manifest {
 #[must_use]
 pub fn apply(manifest: &Manifest, edit: &Edit) -> Manifest {
     let placed = edit.placed.as_ref().filter(|placed| placed.moves > manifest.moves());
-    let gone = |path: &String| placed.is_some() || edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path);
+    let gone = |path: &String| {
+        placed.is_some() || edit.remove.contains(path) || edit.add.iter().any(|file| file.path == *path)
+    };
     let mut files: Vec<FileEntry> = manifest.files.iter().filter(|file| !gone(&file.path)).cloned().collect();
     for file in &mut files {
         if let Some(replaced) = edit.replace.get(&file.path) {

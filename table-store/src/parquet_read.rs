@@ -152,8 +152,7 @@ pub async fn locate_keys(
     let mut positions = likely.iter();
     let roots = table.key.iter().filter_map(|id| position(builder.schema(), *id, table.column(*id)?.name.as_str()));
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
-    let reader =
-        builder.with_projection(mask).with_row_selection(likely.only(rows)).with_batch_size(BATCH_ROWS);
+    let reader = builder.with_projection(mask).with_row_selection(likely.only(rows)).with_batch_size(BATCH_ROWS);
     let mut batches = reader.build().map_err(failed)?;
     while let Some(batch) = batches.try_next().await.map_err(failed)? {
         let columns = KeyColumns::find(table, &batch).map_err(wrong)?;

@@ -134,10 +134,26 @@ pub fn data_file(prefix: &Path, epoch: u32, flush_seq: u64, ulid: &str) -> Path 
     child(prefix, &format!("{epoch:08x}-{flush_seq:016x}-{}.parquet", ulid.to_ascii_lowercase()))
 }
 
+/// When a [`data_file`] got its name, microseconds since 1970; `None` for other paths.
+#[must_use]
+pub fn data_file_made_us(path: &Path) -> Option<i64> {
+    let mut parts = path.filename()?.strip_suffix(".parquet")?.split('-');
+    let (epoch, seq, ulid) = (parts.next()?, parts.next()?, parts.next()?);
+    let hex = |text: &str, digits: usize| text.len() == digits && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if !hex(epoch, 8) || !hex(seq, 16) || parts.next().is_some() {
+        return None;
+    }
+    let made = ulid::Ulid::from_string(&ulid.to_ascii_uppercase()).ok()?;
+    i64::try_from(made.timestamp_ms()).ok()?.checked_mul(1_000)
+}
+
+/// File name of what an outside reader needs to know.
+pub const OUTSIDE_MANIFEST: &str = "_manifest.json";
+
 /// What an outside reader needs to know of the data files at `prefix`.
 #[must_use]
 pub fn outside_manifest(prefix: &Path) -> Path {
-    child(prefix, "_manifest.json")
+    child(prefix, OUTSIDE_MANIFEST)
 }
 
 /// Object `seq` of the commit stream of `incarnation`, in each storage that it wrote to.

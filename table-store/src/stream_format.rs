@@ -350,7 +350,9 @@ mod tests {
             last_seq: 99,
             add: Vec::new(),
             remove: (0..files).map(|n| format!("old/{n}")).collect(),
-            replace: std::collections::BTreeMap::new(), placed: None }
+            replace: std::collections::BTreeMap::new(),
+            placed: None,
+        }
     }
 
     fn object(edits: Vec<Edit>) -> StreamObject {

@@ -11,7 +11,7 @@ use kalamdb_table_store::stream::{self, Body, Round, StreamWriter};
 use object_store::ObjectStore;
 
 use super::publish::PublishError;
-use super::ship::{Backoff, Disowned, ShipError};
+use super::ship::{Backoff, Disowned, Place, ShipError};
 use super::storages::Use;
 use super::{Engine, RootKey};
 use crate::error::Chain;
@@ -19,10 +19,11 @@ use crate::error::Chain;
 pub(super) type BeginError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Ends the streams of former incarnations and begins our own.
-pub(super) async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, ShipError> {
+pub(super) async fn open(engine: &Arc<Engine>, place: &Place) -> Result<StreamWriter, ShipError> {
+    let root = &place.root;
     let mut backoff = Backoff::default();
     loop {
-        let begun = begin(engine, root).await;
+        let begun = begin(engine, place).await;
         engine.check_owned()?;
         match begun {
             Ok(stream) => return Ok(stream),
@@ -34,19 +35,25 @@ pub(super) async fn open(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamW
     }
 }
 
-async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, BeginError> {
-    let shippers = &engine.shippers;
+async fn begin(engine: &Arc<Engine>, place: &Place) -> Result<StreamWriter, BeginError> {
+    let (root, shippers, catalog) = (&place.root, &engine.shippers, engine.catalog.current());
+    if !place.is_in(engine, &catalog) {
+        return Err("the storage is declared elsewhere now, or not at all".into());
+    }
     if let Some(other) = engine.shares_place(root) {
         return Err(format!("storage `{other}` lies at the same place; declare another bucket or prefix").into());
     }
     let rebuilding = !engine.is_rebuilt(root);
     let known = shippers.known(root)?;
-    let own_disk = !engine.storages.ships_rows(&engine.catalog.current(), root);
+    let own_disk = !engine.storages.ships_rows(&catalog, root);
     // Noted as known, and yet nothing of it is there: then it was noted before its first object.
     let first = known.iter().all(|(incarnation, _)| *incarnation == shippers.incarnation);
     let usage = if known.is_empty() && (own_disk || !rebuilding) { Use::First } else { Use::Again };
-    let store = engine.storages.open(&engine.catalog.current(), root, usage)?;
+    let store = engine.storages.open(&catalog, root, usage)?;
     if rebuilding {
+        // Whatever is there was made by those who came before us.
+        let oldest = stream::incarnations(store.as_ref()).await?.into_iter().next();
+        engine.note_since(root, oldest.as_deref().and_then(incarnation_us))?;
         engine.rebuild(root, store.as_ref(), own_disk).await?;
     } else if first && !own_disk {
         check_unused(engine, store.as_ref()).await?;
@@ -56,6 +63,7 @@ async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Beg
         let fenced_by = look(engine, root, store.as_ref(), incarnation, *from).await?;
         check_end(engine, root, &known, incarnation, fenced_by.as_deref())?;
     }
+    engine.note_since(root, None)?;
     // On disk before our first object, a fence included: the next process must know us by both.
     shippers.note(root, &shippers.incarnation, 1)?;
     for (incarnation, from) in &former {
@@ -74,6 +82,12 @@ async fn begin(engine: &Arc<Engine>, root: &RootKey) -> Result<StreamWriter, Beg
     }
     shippers.forget_stored_first(root)?;
     Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))
+}
+
+/// When a process got its name, microseconds since 1970.
+fn incarnation_us(name: &str) -> Option<i64> {
+    let made = ulid::Ulid::from_string(&name.to_ascii_uppercase()).ok()?;
+    i64::try_from(made.timestamp_ms()).ok()?.checked_mul(1_000)
 }
 
 /// Before the first use of a storage: a process that does not know this data folder may be at work there, or may have left

@@ -24,6 +24,7 @@ use super::instance::InstanceError;
 use super::ship::{Backoff, edit_bytes};
 use super::storages::StoragesError;
 use super::{Engine, RootKey};
+use crate::catalog::Snapshot;
 use crate::crash;
 use crate::error::Chain;
 
@@ -152,15 +153,19 @@ async fn shorten(
     let own = engine.shippers.incarnation.as_str();
     let (mut bytes, mut complete) = (0, None);
     if engine.storages.ships_rows(&engine.catalog.current(), &root) {
-        let (reading, of) = (Arc::clone(&engine), root.clone());
-        let mut ids = tokio::task::spawn_blocking(move || reading.instances_in(&of)).await??.into_iter();
+        // One for all of it: places are compared as they are written in one.
+        let catalog = engine.catalog.current();
+        let (reading, of, by) = (Arc::clone(&engine), root.clone(), Arc::clone(&catalog));
+        let (place, ids) = tokio::task::spawn_blocking(move || reading.instances_in(&by, &of)).await??;
+        let mut ids = ids.into_iter();
         let mut writer = CheckpointWriter::new(store.as_ref(), own, seq, attempt);
         loop {
             if engine.stop.is_cancelled() {
                 return Err("the process is stopping".into());
             }
-            let reading = Arc::clone(&engine);
-            let gathering = tokio::task::spawn_blocking(move || reading.gather(&mut ids).map(|part| (part, ids)));
+            let (reading, by, at) = (Arc::clone(&engine), Arc::clone(&catalog), Arc::clone(&place));
+            let gathering =
+                tokio::task::spawn_blocking(move || reading.gather(&by, &at, &mut ids).map(|part| (part, ids)));
             let ((part, part_bytes), left) = gathering.await??;
             if part == Round::default() {
                 break;
@@ -207,28 +212,42 @@ async fn trim_former(store: &dyn ObjectStore, own: &str) -> Result<(), BeginErro
 
 impl Engine {
     /// All instances whose data lies where `root` lies: other storages may share its place. Blocking.
-    fn instances_in(&self, root: &RootKey) -> Result<BTreeSet<InstanceId>, BeginError> {
-        let catalog = self.catalog.current();
-        let place = self.storages.place(&catalog, root).ok_or_else(|| StoragesError::Unknown(root.clone()))?;
-        let here = |id: &InstanceId| {
-            let table = catalog.table_by_id(id.table);
-            table
-                .and_then(|table| self.storages.place(&catalog, &RootKey::of(&table.location)))
-                .is_some_and(|at| at == place)
-        };
-        let dirty = self.buffer.dirty().into_iter().map(|(id, _)| id);
-        Ok(self.buffer.published()?.into_iter().chain(dirty).filter(here).collect())
+    fn instances_in(&self, catalog: &Snapshot, root: &RootKey) -> Result<(Arc<str>, BTreeSet<InstanceId>), BeginError> {
+        let place = self.storages.place(catalog, root).ok_or_else(|| StoragesError::Unknown(root.clone()))?;
+        let mut here = BTreeSet::new();
+        for id in self.buffer.published()?.into_iter().chain(self.buffer.dirty().into_iter().map(|(id, _)| id)) {
+            let Some(table) = catalog.table_by_id(id.table) else { continue };
+            let at = if self.moves.may_be_elsewhere(&id) {
+                self.instances.get(&id)?.root(table)
+            } else {
+                RootKey::of(&table.location)
+            };
+            if self.storages.place(catalog, &at).as_ref() == Some(&place) {
+                here.insert(id);
+            }
+        }
+        Ok((place, here))
     }
 
-    /// The next part of a checkpoint: manifest and rows of each instance as of one moment. Blocking.
-    fn gather(&self, ids: &mut impl Iterator<Item = InstanceId>) -> Result<(Round, usize), GatherError> {
+    /// The next part of a checkpoint: manifest and rows of each instance as of one moment, if it is still at `place` by
+    /// then. Blocking.
+    fn gather(
+        &self,
+        catalog: &Snapshot,
+        place: &Arc<str>,
+        ids: &mut impl Iterator<Item = InstanceId>,
+    ) -> Result<(Round, usize), GatherError> {
         let (mut part, mut bytes) = (Round::default(), 0);
         while bytes < PART_BYTES {
             let Some(id) = ids.next() else { break };
             let instance = self.instances.get(&id)?;
             let current = instance.current.read();
             let view = &current.view;
-            if view.flushed > Generation(0) {
+            let at = catalog.table_by_id(id.table).map(|table| RootKey::of(view.location(table)));
+            if at.and_then(|at| self.storages.place(catalog, &at)).as_ref() != Some(place) {
+                continue;
+            }
+            if view.flushed > Generation(0) || view.manifest.placed.is_some() {
                 let edit = Edit {
                     instance: id.clone(),
                     generation: view.flushed,

@@ -153,12 +153,15 @@ impl Engine {
         let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
             return Err(FlushError::TableGone);
         };
-        let root = RootKey::of(&table.location);
+        self.check_rebuilt(&table, &id.owner).await?;
+        self.settle_move(id).await?;
+        let root = instance.root(&table);
         // Before the view is taken: this may publish what a former process committed.
         self.open_stream(&root).await?;
         let view = Arc::clone(&instance.current.read().view);
         self.check_owner(&table, id, &view)?;
-        let Choice { files, deleted_until_us } = choose(&view.manifest.files, deleted_until(&table, now_us()), why == Why::Asked);
+        let Choice { files, deleted_until_us } =
+            choose(&view.manifest.files, deleted_until(&table, now_us()), why == Why::Asked);
         let files: Vec<FileEntry> = files.into_iter().cloned().collect();
         if files.is_empty() {
             return Ok(Compacted::default());
@@ -185,8 +188,9 @@ impl Engine {
         deleted_until_us: Option<i64>,
         job: &Ticket,
     ) -> Result<Compacted, FlushError> {
-        let root = RootKey::of(&table.location);
-        let merging = self.merge(table, id, &root, u64::from(view.flushed.0), files, deleted_until_us);
+        let location = view.location(table);
+        let root = RootKey::of(location);
+        let merging = self.merge(table, id, view, files, deleted_until_us);
         let merged = tokio::select! {
             merged = merging => merged?,
             // Nothing is changed before the commit.
@@ -194,7 +198,7 @@ impl Engine {
         };
         crash::point("compact.merged");
         let add = match merged {
-            Some(file) => self.upload(&table.location, id, view.flushed, file).await?.add,
+            Some(file) => self.upload(location, id, view.flushed, file).await?.add,
             None => Vec::new(),
         };
         crash::point("compact.uploaded");
@@ -203,7 +207,7 @@ impl Engine {
         let last_seq = files.iter().map(|file| file.max_seq).max().unwrap_or(0);
         let remove: Vec<String> = files.iter().map(|file| file.path.clone()).collect();
         let (instance, generation, replace) = (id.clone(), view.flushed, BTreeMap::new());
-        let edit = Edit { instance, generation, last_seq, add, remove, replace, placed: None };
+        let edit = Edit { instance, generation, last_seq, add, remove, replace, placed: view.manifest.placed.clone() };
         self.ship(&root, edit).await?;
         crash::point("compact.published");
         job.add(rows, bytes);
@@ -241,7 +245,7 @@ impl Engine {
         let Some(table) = self.catalog.current().table_by_id(id.table).cloned() else {
             return Err(FlushError::TableGone);
         };
-        let turns = Arc::clone(self.compactions.turns.lock().entry(RootKey::of(&table.location)).or_default());
+        let turns = Arc::clone(self.compactions.turns.lock().entry(self.instances.get(id)?.root(&table)).or_default());
         let _turn = tokio::time::timeout(WAIT, turns.lock()).await.map_err(|_| FlushError::Waiting)?;
         self.compact(id, why).await
     }
@@ -296,7 +300,9 @@ impl Engine {
         let (catalog, now) = (self.catalog.current(), now_us());
         let mut overdue = Vec::new();
         for id in ids {
-            let Some(until) = catalog.table_by_id(id.table).and_then(|table| deleted_until(table, now)) else { continue };
+            let Some(until) = catalog.table_by_id(id.table).and_then(|table| deleted_until(table, now)) else {
+                continue;
+            };
             let Some(record) = self.buffer.record(&id)?.filter(|record| !record.manifest.is_empty()) else { continue };
             let manifest = Manifest::decode(&record.manifest).map_err(InstanceError::from)?;
             if !choose(&manifest.files, Some(until), false).files.is_empty() {
@@ -310,14 +316,14 @@ impl Engine {
         self: &Arc<Self>,
         table: &Arc<TableEntry>,
         id: &InstanceId,
-        root: &RootKey,
-        flushed: u64,
+        view: &View,
         files: &[FileEntry],
         deleted_until_us: Option<i64>,
     ) -> Result<Option<Encoded>, FlushError> {
-        let from = self.storages.files(&self.catalog.current(), root)?;
-        let prefix = paths::instance_prefix(&table.location, &id.owner)?;
-        let path = paths::data_file(&prefix, EPOCH, flushed, &ulid::Ulid::generate().to_string());
+        let location = view.location(table);
+        let from = self.storages.files(&self.catalog.current(), &RootKey::of(location))?;
+        let prefix = paths::instance_prefix(location, &id.owner)?;
+        let path = paths::data_file(&prefix, EPOCH, u64::from(view.flushed.0), &ulid::Ulid::generate().to_string());
         let (sender, mut receiver) = tokio::sync::mpsc::channel::<RecordBatch>(2);
         let of_table = Arc::clone(table);
         let encoding = tokio::task::spawn_blocking(move || {

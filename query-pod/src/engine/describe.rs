@@ -57,8 +57,9 @@ impl Engine {
             files: &view.manifest.files,
         };
         let text = serde_json::to_vec_pretty(&content).expect("names and numbers always have a JSON form");
-        let path = paths::outside_manifest(&paths::instance_prefix(&table.location, &id.owner)?);
-        let store = self.storages.store(&self.catalog.current(), &RootKey::of(&table.location))?;
+        let location = view.location(&table);
+        let path = paths::outside_manifest(&paths::instance_prefix(location, &id.owner)?);
+        let store = self.storages.store(&self.catalog.current(), &RootKey::of(location))?;
         let failed = |source: object_store::Error| FlushError::Describe { path: path.to_string(), source };
         store.put(&path, PutPayload::from(text)).await.map_err(failed)?;
         *described = Some(Instant::now());

@@ -21,12 +21,15 @@ use kalamdb_table_store::paths::{self, PathError};
 use kalamdb_write_buffer::row::Header;
 use kalamdb_write_buffer::{CommitError, RowError};
 
+use object_store::path::Path;
+
 use super::instance::{Instance, InstanceError, View};
 use super::jobs::{JobKind, Ticket};
 use super::read::{Batches, ReadError};
 use super::ship::ShipError;
 use super::storages::StoragesError;
-use super::{Disowned, EPOCH, Engine, RootKey, now_us};
+use super::users::PlaceError;
+use super::{Disowned, EPOCH, Engine, Rebuilding, RootKey, now_us};
 use crate::crash;
 
 /// How long whoever asks for a flush waits for an earlier one, and for the end.
@@ -111,6 +114,23 @@ pub enum FlushError {
     /// The commit.
     #[error("failed to commit the file")]
     Ship(#[source] ShipError),
+    /// A file could not be copied to another storage.
+    #[error("failed to copy `{path}`")]
+    Copy {
+        /// The file.
+        path: String,
+        /// Why.
+        source: object_store::Error,
+    },
+    /// Where the rows are to lie.
+    #[error("the rows have no place")]
+    Place(#[from] PlaceError),
+    /// The storage is being read back.
+    #[error(transparent)]
+    Rebuilding(#[from] Rebuilding),
+    /// What was noted of a move.
+    #[error("the note of a move is damaged")]
+    Note(#[source] serde_json::Error),
     /// It was stopped on request.
     #[error("it was stopped on request")]
     Cancelled,
@@ -137,21 +157,37 @@ impl Engine {
         let instance = self.instances.get(id)?;
         let earlier = tokio::time::timeout(WAIT, instance.flushes.lock()).await;
         let _one_at_a_time = earlier.map_err(|_| FlushError::Waiting)?;
+        self.flush_held(id, &instance).await
+    }
+
+    /// As [`Engine::flush`], for one who holds the instance's flushes.
+    pub(super) async fn flush_held(
+        self: &Arc<Self>,
+        id: &InstanceId,
+        instance: &Instance,
+    ) -> Result<Flushed, FlushError> {
         let counters = self.buffer.counters(id)?;
         if counters.rows == 0 && !counters.has_frozen() {
             return Ok(Flushed::default());
         }
         let job = self.jobs.begin_for(JobKind::Flush, &*self.table(id)?, id);
-        let outcome = self.flush_buffered(id, &job).await;
+        let outcome = self.flush_buffered(id, instance, &job).await;
         job.end(&outcome);
         outcome
     }
 
-    async fn flush_buffered(self: &Arc<Self>, id: &InstanceId, job: &Ticket) -> Result<Flushed, FlushError> {
+    async fn flush_buffered(
+        self: &Arc<Self>,
+        id: &InstanceId,
+        instance: &Instance,
+        job: &Ticket,
+    ) -> Result<Flushed, FlushError> {
         let mut flushed = Flushed::default();
         // Before anything is frozen or uploaded: what a former process committed and did not publish must not be written
         // again.
-        self.open_stream(&RootKey::of(&self.table(id)?.location)).await?;
+        self.check_rebuilt(&*self.table(id)?, &id.owner).await?;
+        self.settle_move(id).await?;
+        self.open_stream(&instance.root(&*self.table(id)?)).await?;
         // A generation that an earlier attempt froze comes first, then the rows of now.
         let last = self.buffer.counters(id)?.active;
         while let Some(generation) = self.freeze(id).await? {
@@ -182,15 +218,20 @@ impl Engine {
         id: &InstanceId,
         generation: Generation,
     ) -> Result<(u64, u64), FlushError> {
-        let root = RootKey::of(&table.location);
+        let view = Arc::clone(&self.instances.get(id)?.current.read().view);
+        let location = view.location(table).clone();
+        let root = RootKey::of(&location);
         let started = std::time::Instant::now();
         let replace = self.replaced_by(table, id, generation).await?;
         let (engine, of_table, of_id) = (Arc::clone(self), Arc::clone(table), id.clone());
-        let file = tokio::task::spawn_blocking(move || engine.encode(&of_table, &of_id, generation)).await??;
+        let prefix = paths::instance_prefix(&location, &id.owner)?;
+        let encoding = move || engine.encode(&of_table, &of_id, generation, &prefix);
+        let file = tokio::task::spawn_blocking(encoding).await??;
         crash::point("flush.encoded");
         let rows = file.entry.rows;
         let size = file.entry.bytes;
-        let edit = Edit { replace, ..self.upload(&table.location, id, generation, file).await? };
+        let placed = view.manifest.placed.clone();
+        let edit = Edit { replace, placed, ..self.upload(&location, id, generation, file).await? };
         crash::point("flush.uploaded");
         self.ship(&root, edit).await?;
         crash::point("flush.published");
@@ -258,7 +299,13 @@ impl Engine {
         damaged.map_or(Ok((view, replaced, unknown)), |error| Err(error.into()))
     }
 
-    fn encode(&self, table: &TableEntry, id: &InstanceId, generation: Generation) -> Result<Encoded, FlushError> {
+    fn encode(
+        &self,
+        table: &TableEntry,
+        id: &InstanceId,
+        generation: Generation,
+        prefix: &Path,
+    ) -> Result<Encoded, FlushError> {
         let all: Vec<usize> = (0..table.arrow_schema().fields().len()).collect();
         let mut batches = Batches::new(table, &all, BATCH_ROWS);
         let mut damaged: Option<RowError> = None;
@@ -284,9 +331,8 @@ impl Engine {
             return Err(error.into());
         }
         let batches = batches.finish()?;
-        let prefix = paths::instance_prefix(&table.location, &id.owner)?;
         let name = ulid::Ulid::generate().to_string();
-        let path = paths::data_file(&prefix, EPOCH, u64::from(generation.0), &name);
+        let path = paths::data_file(prefix, EPOCH, u64::from(generation.0), &name);
         let mut bytes = Vec::new();
         let written =
             parquet_file::write(table, EPOCH, batches.into_iter().map(Ok::<RecordBatch, RowError>), &mut bytes)

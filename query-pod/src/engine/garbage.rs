@@ -9,18 +9,19 @@ use std::time::Duration;
 
 use kalamdb_model::{InstanceId, StorageName};
 use kalamdb_table_store::manifest::Edit;
+use kalamdb_table_store::paths;
 use kalamdb_write_buffer::ReadError;
 use object_store::ObjectStoreExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
-use super::instance::View;
+use super::instance::{InstanceError, View};
 use super::jobs::{JobKind, Ticket};
 use super::storages::StoragesError;
 use super::{Engine, RootKey, now_us};
 use crate::error::Chain;
 
-/// How often is looked for garbage.
+/// How often is looked for garbage, at least.
 const TICK: Duration = Duration::from_secs(10);
 /// Most files removed at one look.
 const REMOVED_MAX: usize = 1_000;
@@ -42,7 +43,7 @@ struct Note {
 
 /// A file that could not be removed.
 #[derive(Debug, thiserror::Error)]
-enum RemoveError {
+pub(super) enum RemoveError {
     #[error("its storage is not usable")]
     Storage(#[from] StoragesError),
     #[error("its path is none")]
@@ -55,21 +56,51 @@ impl Engine {
     /// Takes note of the files that `edit` is about to take away. Blocking.
     pub(super) fn note_garbage(&self, root: &RootKey, view: &View, edit: &Edit) -> Result<(), ReadError> {
         for path in &edit.remove {
-            let note = Note {
-                storage: root.storage.clone(),
-                root: root.root,
-                path: path.clone(),
-                instance: edit.instance.clone(),
-                since_us: now_us(),
-                bytes: view.file(path).map_or(0, |file| file.bytes),
-            };
-            let text = serde_json::to_vec(&note).expect("names and numbers always have a JSON form");
-            self.buffer.state_put(&format!("{NOTES}{root}/{path}"), &text)?;
+            let bytes = view.file(path).map_or(0, |file| file.bytes);
+            self.note(root, &edit.instance, path.clone(), bytes)?;
         }
         Ok(())
     }
 
-    async fn remove(&self, root: &RootKey, path: &str) -> Result<(), RemoveError> {
+    /// Takes note of all files of `view`, which are about to be left behind in their storage. Blocking.
+    pub(super) fn note_left(&self, id: &InstanceId, view: &View) -> Result<(), ReadError> {
+        let catalog = self.catalog.current();
+        let Some(table) = catalog.table_by_id(id.table) else { return Ok(()) };
+        let location = view.location(table);
+        let root = RootKey::of(location);
+        let outside = paths::instance_prefix(location, &id.owner).map(|prefix| paths::outside_manifest(&prefix)).ok();
+        let files = view.manifest.files.iter().map(|file| (file.path.clone(), file.bytes));
+        for (path, bytes) in files.chain(outside.map(|path| (path.to_string(), 0))) {
+            self.note(&root, id, path, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn note(&self, root: &RootKey, id: &InstanceId, path: String, bytes: u64) -> Result<(), ReadError> {
+        let at = format!("{NOTES}{root}/{path}");
+        let (storage, root) = (root.storage.clone(), root.root);
+        let note = Note { storage, root, path, instance: id.clone(), since_us: now_us(), bytes };
+        let text = serde_json::to_vec(&note).expect("names and numbers always have a JSON form");
+        self.buffer.state_put(&at, &text)
+    }
+
+    /// Whether `path` in `root` is a file of the instance now.
+    pub(super) fn is_named(&self, id: &InstanceId, root: &RootKey, path: &str) -> Result<bool, InstanceError> {
+        let view = Arc::clone(&self.instances.get(id)?.current.read().view);
+        let catalog = self.catalog.current();
+        let Some(table) = catalog.table_by_id(id.table) else { return Ok(true) };
+        let location = view.location(table);
+        let outside = paths::instance_prefix(location, &id.owner).map(|prefix| paths::outside_manifest(&prefix));
+        let is_outside = outside.is_ok_and(|outside| outside.as_ref() == path);
+        Ok(RootKey::of(location) == *root && (view.file(path).is_some() || is_outside))
+    }
+
+    /// Whether `path` in `root` is to go when its time has come.
+    pub(super) fn is_noted(&self, root: &RootKey, path: &Path) -> Result<bool, ReadError> {
+        Ok(self.buffer.state_get(&format!("{NOTES}{root}/{path}"))?.is_some())
+    }
+
+    pub(super) async fn remove(&self, root: &RootKey, path: &str) -> Result<(), RemoveError> {
         let store = self.storages.store(&self.catalog.current(), root)?;
         match store.delete(&Path::parse(path)?).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -91,9 +122,8 @@ impl Engine {
             if removed >= REMOVED_MAX || self.stop.is_cancelled() {
                 break;
             }
-            let named = self.instances.get(&instance)?.current.read().view.file(&path).is_some();
-            if !named {
-                let root = RootKey { storage, root };
+            let root = RootKey { storage, root };
+            if !self.is_named(&instance, &root, &path)? {
                 let outcome = self.remove(&root, &path).await;
                 if let Some(table) = self.catalog.current().table_by_id(instance.table) {
                     let job = jobs.entry(table.id).or_insert_with(|| self.jobs.begin(JobKind::Garbage, table));
@@ -119,10 +149,11 @@ impl Engine {
 
 /// Removes garbage until the engine stops.
 pub(super) async fn run(engine: Arc<Engine>) {
+    let tick = TICK.min(Duration::from_secs(engine.limits.garbage_after_secs.max(1)));
     loop {
         tokio::select! {
             () = engine.stop.cancelled() => return,
-            () = tokio::time::sleep(TICK) => {}
+            () = tokio::time::sleep(tick) => {}
         }
         if let Err(error) = engine.remove_garbage().await {
             tracing::warn!(error = %Chain(error.as_ref()), "cannot look for files to remove");

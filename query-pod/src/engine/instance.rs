@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Instant;
 
-use kalamdb_model::{Generation, InstanceId};
+use kalamdb_model::{Generation, InstanceId, Location, TableEntry};
 use kalamdb_table_store::manifest::{FileEntry, Manifest, ManifestError};
 use kalamdb_write_buffer::WriteBuffer;
 use parking_lot::{Mutex, RwLock};
+
+use super::RootKey;
 
 /// What a reader sees besides the buffer: the files, and which generations are in them.
 #[derive(Debug)]
@@ -20,6 +22,11 @@ pub struct View {
 }
 
 impl View {
+    /// Where the files lie.
+    pub(super) fn location<'a>(&'a self, table: &'a TableEntry) -> &'a Location {
+        self.manifest.placed.as_ref().map_or(&table.location, |placed| &placed.location)
+    }
+
     /// The file under this path.
     pub(super) fn file(&self, path: &str) -> Option<&FileEntry> {
         let files = &self.manifest.files;
@@ -71,6 +78,18 @@ pub struct Instance {
     pub(super) flushes: tokio::sync::Mutex<()>,
     /// Readers take view, buffer snapshot and positions together under it; publishing takes it exclusively.
     pub(super) current: RwLock<Current>,
+}
+
+impl Instance {
+    /// Where its files lie now.
+    pub(super) fn location(&self, table: &TableEntry) -> Location {
+        self.current.read().view.location(table).clone()
+    }
+
+    /// In which storage its files lie now.
+    pub(super) fn root(&self, table: &TableEntry) -> RootKey {
+        RootKey::of(self.current.read().view.location(table))
+    }
 }
 
 /// An instance's state cannot be read.

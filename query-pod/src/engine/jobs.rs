@@ -30,6 +30,8 @@ pub enum JobKind {
     Retention,
     /// Files that nobody needs any more are removed.
     Garbage,
+    /// Rows of users go to the storages that these have now.
+    StorageMove,
 }
 
 impl JobKind {
@@ -41,6 +43,7 @@ impl JobKind {
             Self::Compaction => "compaction",
             Self::Retention => "retention",
             Self::Garbage => "garbage",
+            Self::StorageMove => "storage_move",
         }
     }
 }
@@ -137,7 +140,7 @@ impl Jobs {
         let kept = self.0.lock();
         let kept = kept.iter().find(|kept| kept.job.id == id)?;
         // A flush makes room for new rows, and garbage has to go sooner or later.
-        let may = kept.at_work > 0 && matches!(kept.job.kind, JobKind::Compaction | JobKind::Retention);
+        let may = kept.at_work > 0 && !matches!(kept.job.kind, JobKind::Flush | JobKind::Garbage);
         if may {
             kept.cancel.cancel();
         }
@@ -298,10 +301,7 @@ mod tests {
         let shown: Vec<_> = all.iter().map(|job| (job.kind, job.users, job.rows, job.bytes, job.state)).collect();
         assert_eq!(
             shown,
-            [
-                (JobKind::Flush, 2, 7, 30, JobState::Failed),
-                (JobKind::Compaction, 1, 0, 0, JobState::Failed),
-            ]
+            [(JobKind::Flush, 2, 7, 30, JobState::Failed), (JobKind::Compaction, 1, 0, 0, JobState::Failed),]
         );
         let errors: Vec<_> = all.iter().map(|job| job.error.as_deref()).collect();
         assert_eq!(errors, [Some("disk"), Some("it was interrupted")]);

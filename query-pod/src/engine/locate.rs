@@ -60,7 +60,7 @@ impl Engine {
         key: Vec<u8>,
     ) -> Result<Option<Row>, ReadError> {
         self.check_owned()?;
-        self.check_rebuilt(&RootKey::of(&table.location)).await?;
+        self.check_rebuilt(table, owner).await?;
         let instance = self.instances.get(&Self::instance_id(table, owner))?;
         let found = self.find(table, &instance, BTreeSet::from([key])).await?.into_values().next();
         match found {
@@ -115,7 +115,7 @@ impl Engine {
         positions: &Positions,
     ) -> Result<Vec<Vec<Value>>, ReadError> {
         let Some(file) = view.file(path) else { return Ok(Vec::new()) };
-        let files = self.storages.files(&self.catalog.current(), &RootKey::of(&table.location))?;
+        let files = self.storages.files(&self.catalog.current(), &RootKey::of(view.location(table)))?;
         Ok(parquet_read::read_rows(&files, file, table, positions).await?)
     }
 
@@ -138,7 +138,7 @@ impl Engine {
         if holders.is_empty() {
             return Ok(located);
         }
-        let files = self.storages.files(&self.catalog.current(), &RootKey::of(&table.location))?;
+        let files = self.storages.files(&self.catalog.current(), &RootKey::of(view.location(table)))?;
         for file in holders {
             let path: Arc<str> = file.path.as_str().into();
             for (key, row) in parquet_read::locate_keys(&files, file, table, keys).await? {

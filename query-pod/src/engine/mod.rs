@@ -20,14 +20,18 @@ mod garbage;
 mod instance;
 mod jobs;
 mod locate;
+mod moves;
+mod orphans;
 mod publish;
 mod read;
 mod rebuild;
 mod schedule;
 mod ship;
 mod storages;
+mod users;
 mod write;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -49,6 +53,7 @@ pub use read::{ReadError, Rows};
 pub use rebuild::Rebuilding;
 pub use ship::{Disowned, ShipError};
 pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};
+pub use users::{PlaceError, UserError};
 pub use write::{NewRow, WriteError, Writing};
 
 use crate::catalog::{self, CatalogHandle, NotedCatalogError, ServeCatalogError};
@@ -69,6 +74,9 @@ pub struct EngineLimits {
     /// How long files that a compaction has replaced are kept, seconds: queries that began before read them.
     #[arg(long, default_value_t = 3_600)]
     pub garbage_after_secs: u64,
+    /// How old a data file is at least, seconds, that is removed because no manifest names it.
+    #[arg(long, default_value_t = 86_400)]
+    pub orphans_after_secs: u64,
     /// Flushes at once per storage.
     #[arg(long, default_value_t = 8)]
     pub flushes_max: usize,
@@ -82,6 +90,8 @@ pub struct Engine {
     instances: instance::Instances,
     shippers: ship::Shippers,
     rebuild: rebuild::Rebuild,
+    users: users::KnownUsers,
+    moves: moves::Moves,
     schedule: Arc<schedule::Schedule>,
     limits: EngineLimits,
     metrics: Arc<Metrics>,
@@ -107,6 +117,9 @@ pub enum OpenError {
     /// The catalog is not the one that the rows belong to.
     #[error("the catalog does not fit the rows of the data folder")]
     Catalog(#[from] NotedCatalogError),
+    /// What was noted of a move is damaged.
+    #[error("the note `{0}` of a move between storages is damaged")]
+    Move(String),
 }
 
 /// Microseconds since 1970.
@@ -140,6 +153,8 @@ impl Engine {
             instances: instance::Instances::new(buffer.clone()),
             shippers: ship::Shippers::new(buffer.clone())?,
             rebuild: rebuild::Rebuild::open(buffer.clone())?,
+            users: users::KnownUsers::open(buffer.clone())?,
+            moves: moves::Moves::open(buffer.clone())?,
             buffer,
             catalog,
             storages,
@@ -158,6 +173,8 @@ impl Engine {
         engine.spawn(schedule::run(Arc::clone(&engine)));
         engine.spawn(garbage::run(Arc::clone(&engine)));
         engine.spawn(compact::run(Arc::clone(&engine)));
+        engine.spawn(moves::run(Arc::clone(&engine)));
+        engine.spawn(orphans::run(Arc::clone(&engine)));
         Ok(engine)
     }
 
@@ -206,10 +223,20 @@ impl Engine {
     /// not be used.
     pub fn serve_catalog(self: &Arc<Self>, next: Catalog) -> Result<(), ServeCatalogError> {
         self.plan_rebuild(&next)?;
+        let before = self.catalog.current();
+        let places = |catalog: &Catalog| {
+            let tables = catalog.tables.values().chain(catalog.retained.values());
+            let tables = tables.filter(|table| table.use_user_storage).map(|table| table.id).collect::<BTreeSet<_>>();
+            (tables, catalog.storages.keys().cloned().collect::<Vec<_>>())
+        };
+        let moved = places(&before.catalog) != places(&next);
         self.catalog.save(&next)?;
         // Noted last: a note of what is not saved would keep the data folder from starting.
         self.buffer.state_put("catalog", catalog::note_of(&next).as_bytes())?;
         self.catalog.serve(next);
+        if moved {
+            self.moves.look_at_all();
+        }
         for root in self.not_rebuilt() {
             let engine = Arc::clone(self);
             self.spawn(async move { drop(engine.open_stream(&root).await) });

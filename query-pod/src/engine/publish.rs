@@ -39,12 +39,21 @@ impl Engine {
     /// Makes a committed edit visible: the record on disk and the view in memory change under the instance's lock.
     /// Blocking; running it twice changes nothing.
     pub(super) fn publish(&self, root: &RootKey, edit: &Edit) -> Result<(), PublishError> {
+        if edit.placed.as_ref().is_some_and(|placed| RootKey::of(&placed.location) != *root) {
+            // Said to those who only have this stream: the other one has brought it here.
+            return Ok(());
+        }
         // Outside the lock: rows of a frozen generation do not change, and only the shipper publishes.
         self.check_covered(edit)?;
         let instance = self.instances.get(&edit.instance)?;
         let mut current = instance.current.write();
         if is_published(&current.view, edit) {
             return Ok(());
+        }
+        if edit.placed.as_ref().is_some_and(|placed| placed.moves > current.view.manifest.moves()) {
+            self.moves.note_placed(&edit.instance)?;
+            self.note_left(&edit.instance, &current.view)?;
+            current.located.clear();
         }
         self.note_garbage(root, &current.view, edit)?;
         let manifest = manifest::apply(&current.view.manifest, edit);
@@ -175,9 +184,11 @@ impl Engine {
     }
 }
 
-/// Whether `view` has what `edit` brings: a flush brings a generation, a compaction takes files away.
+/// Whether `view` has what `edit` brings: a flush brings a generation, a compaction takes files away, a move another place.
 pub(super) fn is_published(view: &View, edit: &Edit) -> bool {
-    if edit.remove.is_empty() {
+    if edit.placed.as_ref().is_some_and(|placed| placed.moves > view.manifest.moves()) {
+        false
+    } else if edit.remove.is_empty() {
         view.flushed >= edit.generation
     } else {
         edit.remove.iter().all(|path| view.file(path).is_none())

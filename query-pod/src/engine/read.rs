@@ -136,7 +136,7 @@ impl Engine {
         limit: Option<usize>,
     ) -> Result<Rows, ReadError> {
         self.check_owned()?;
-        self.check_rebuilt(&RootKey::of(&table.location)).await?;
+        self.check_rebuilt(table, owner).await?;
         let instance = self.instances.get(&Self::instance_id(table, owner))?;
         let projection: Arc<[usize]> = projection.into();
         loop {
@@ -146,7 +146,7 @@ impl Engine {
             let taken = tokio::task::spawn_blocking(take).await??;
             if taken.unknown.is_empty() {
                 self.check_owner(table, &instance.id, &taken.view)?;
-                let root = RootKey::of(&table.location);
+                let root = RootKey::of(taken.view.location(table));
                 return Ok(Rows { buffered: taken.buffered, view: taken.view, replaced: taken.replaced, root });
             }
             // Once for rows from before a restart or of before a change of the files; afterwards they are known.
@@ -201,7 +201,7 @@ impl Engine {
 
     /// The last fence before bytes are read: every file of the view lies below the prefix of its owner.
     pub(super) fn check_owner(&self, table: &TableEntry, id: &InstanceId, view: &View) -> Result<(), ReadError> {
-        let prefix = format!("{}/", paths::instance_prefix(&table.location, &id.owner)?);
+        let prefix = format!("{}/", paths::instance_prefix(view.location(table), &id.owner)?);
         let foreign = view.manifest.files.iter().find(|file| !file.path.starts_with(&prefix));
         match foreign {
             Some(file) => {

@@ -7,13 +7,13 @@
 //! Two passes: first the manifests, which say up to which `_seq` rows are in files, then the rows above that. Doing it
 //! again after a crash changes nothing.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kalamdb_model::{Catalog, Generation, InstanceId};
+use kalamdb_model::{Catalog, Generation, InstanceId, Location, Owner, TableEntry};
 use kalamdb_table_store::checkpoint::{self, Checkpoint};
-use kalamdb_table_store::manifest::{self, Edit, Manifest};
+use kalamdb_table_store::manifest::{self, Edit, Manifest, Placed};
 use kalamdb_table_store::stream::{self, Round};
 use kalamdb_write_buffer::{Adopted, ReadError, WriteBuffer};
 use object_store::ObjectStore;
@@ -129,13 +129,26 @@ impl Engine {
         }
     }
 
-    /// Waits a little for `root` to be read back.
-    pub(super) async fn check_rebuilt(self: &Arc<Self>, root: &RootKey) -> Result<(), Rebuilding> {
-        if self.is_rebuilt(root) {
+    /// Waits a little until all that may have rows of `owner` in `table` is read back: the storage of the table, and every
+    /// other one if users have storages of their own.
+    pub(super) async fn check_rebuilt(self: &Arc<Self>, table: &TableEntry, owner: &Owner) -> Result<(), Rebuilding> {
+        if !self.is_rebuilding() {
             return Ok(());
         }
-        let _opened = tokio::time::timeout(WAIT, self.open_stream(root)).await;
-        if self.is_rebuilt(root) { Ok(()) } else { Err(Rebuilding(root.clone())) }
+        let of_table = RootKey::of(&table.location);
+        let mut roots = BTreeSet::from([of_table]);
+        if matches!(owner, Owner::User(_)) && self.users.any() {
+            roots.extend(self.not_rebuilt());
+        }
+        for root in roots {
+            if !self.is_rebuilt(&root) {
+                let _opened = tokio::time::timeout(WAIT, self.open_stream(&root)).await;
+            }
+            if !self.is_rebuilt(&root) {
+                return Err(Rebuilding(root));
+            }
+        }
+        Ok(())
     }
 
     /// Reads `root` back. Nothing of it is served before this is done.
@@ -157,15 +170,26 @@ impl Engine {
         let mut replay = source.replay(store);
         while let Some((at_us, round)) = replay.next().await? {
             last_us = last_us.max(at_us);
+            let told = round.edits.iter().map(|edit| &edit.instance);
+            told.chain(round.rows.iter().map(|block| &block.instance)).for_each(|id| self.begun(&mut views, root, id));
             round.edits.iter().for_each(|edit| bring(&mut views, edit));
         }
+        // Who has left has all his rows in files, elsewhere.
+        let has_left = |view: &View| {
+            let placed = view.manifest.placed.as_ref();
+            placed.is_some_and(|placed| RootKey::of(&placed.location) != *root)
+        };
+        let left: HashSet<InstanceId> =
+            views.iter().filter(|(_, view)| has_left(view)).map(|(id, _)| id.clone()).collect();
+        views.retain(|_, view| !has_left(view));
         let instances = views.len();
         self.adopt(views).await?;
         crash::point("rebuild.adopted");
         let mut rows = 0;
         let mut replay = source.replay(store);
         while let Some((_, round)) = replay.next().await? {
-            rows += self.restore_all(round.rows).await?;
+            let blocks = round.rows.into_iter().filter(|block| !left.contains(&block.instance));
+            rows += self.restore_all(blocks.collect()).await?;
             crash::point("rebuild.restored");
         }
         self.note_rebuilt(root)?;
@@ -238,7 +262,41 @@ impl Engine {
         }
     }
 
-    fn adopt_some(&self, views: Vec<(InstanceId, View)>) -> Result<(), BeginError> {
+    /// What is heard of first in another storage than its table's began there.
+    fn begun(&self, views: &mut HashMap<InstanceId, View>, root: &RootKey, id: &InstanceId) {
+        let catalog = self.catalog.current();
+        let Some(table) = catalog.table_by_id(id.table) else { return };
+        if views.contains_key(id) || RootKey::of(&table.location) == *root {
+            return;
+        }
+        if let Some(location) = catalog.catalog.place_in(&root.storage, table) {
+            let placed = Placed { location: Location { root: root.root, ..location }, moves: 1 };
+            let manifest = Manifest { placed: Some(placed), ..Manifest::default() };
+            views.insert(id.clone(), View { flushed: Generation(0), manifest });
+        }
+    }
+
+    fn adopt_some(&self, found: Vec<(InstanceId, View)>) -> Result<(), BeginError> {
+        let mut views = Vec::with_capacity(found.len());
+        for (id, view) in found {
+            let known = Arc::clone(&self.instances.get(&id)?.current.read().view);
+            let is_known = known.flushed > Generation(0) || known.manifest.placed.is_some();
+            let is_other = is_known && known.manifest.moves() != view.manifest.moves();
+            // A crash in a move left both: the files of the one that was left go, and its stream has to be told.
+            if is_other && known.manifest.moves() > view.manifest.moves() {
+                self.note_left(&id, &view)?;
+                self.note_leaving(&id, &view, &known)?;
+                continue;
+            }
+            if is_other {
+                self.note_left(&id, &known)?;
+                self.note_leaving(&id, &known, &view)?;
+            }
+            if view.manifest.placed.is_some() {
+                self.moves.note_placed(&id)?;
+            }
+            views.push((id, view));
+        }
         let adopted: Vec<Adopted> = views
             .iter()
             .map(|(instance, View { flushed, manifest })| Adopted {

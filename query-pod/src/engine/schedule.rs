@@ -127,7 +127,8 @@ pub(super) async fn run(engine: Arc<Engine>) {
         }
         for id in engine.schedule.take_due(&engine) {
             let Some(table) = engine.catalog.current().table_by_id(id.table).cloned() else { continue };
-            let root = RootKey::of(&table.location);
+            let loaded = engine.instances.get(&id);
+            let root = loaded.map_or_else(|_| RootKey::of(&table.location), |instance| instance.root(&table));
             let slot =
                 Arc::clone(slots.entry(root).or_insert_with(|| Arc::new(Semaphore::new(engine.limits.flushes_max))));
             engine.spawn(flush_one(Arc::clone(&engine), id, slot));

@@ -28,6 +28,7 @@ use super::begin::{self, BeginError};
 use super::checkpoint::Checkpoints;
 use super::storages::StoragesError;
 use super::{Engine, RootKey, now_us};
+use crate::catalog::Snapshot;
 use crate::crash;
 use crate::error::Chain;
 
@@ -56,6 +57,9 @@ pub enum ShipError {
     /// The data is another's now.
     #[error(transparent)]
     Disowned(#[from] Disowned),
+    /// The storage is not there, or cannot be used. Nothing was written.
+    #[error("the storage is not usable")]
+    Storage(#[from] StoragesError),
     /// The process stops. What was asked for may yet happen, after the next start.
     #[error("the process is stopping")]
     Stopping,
@@ -189,6 +193,16 @@ impl Unshipped {
         self.waiting.lock().overflown = true;
     }
 
+    /// Leaves out the rows of one instance.
+    fn forget(&self, instance: &InstanceId) {
+        let mut waiting = self.waiting.lock();
+        waiting.blocks.retain(|block| block.instance != *instance);
+        waiting.bytes = waiting.blocks.iter().map(bytes_of).sum();
+        if waiting.blocks.is_empty() {
+            waiting.since = None;
+        }
+    }
+
     /// Bytes that wait.
     pub(super) fn bytes(&self) -> usize {
         self.waiting.lock().bytes
@@ -320,7 +334,7 @@ impl Shippers {
 }
 
 /// The root whose text is `text`.
-fn root_of(text: &str) -> Option<RootKey> {
+pub(super) fn root_of(text: &str) -> Option<RootKey> {
     let (storage, number) = text.rsplit_once('.')?;
     Some(RootKey { storage: StorageName::new(storage).ok()?, root: number.parse().ok()? })
 }
@@ -378,7 +392,7 @@ impl Engine {
         self.shippers.note_stored_first(root)?;
         let bytes: usize = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
         let bytes = u32::try_from(bytes + STATEMENT_BYTES).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
-        let room = tokio::time::timeout(ROOM_WAIT, self.running(root).room.acquire_many_owned(bytes)).await;
+        let room = tokio::time::timeout(ROOM_WAIT, self.running(root)?.room.acquire_many_owned(bytes)).await;
         let _room: OwnedSemaphorePermit = room.map_err(|_| ShipError::Waiting)?.map_err(|_| ShipError::Stopping)?;
         self.request(root, Asked { rows: Some((instance, rows)), ..Asked::default() }).await
     }
@@ -394,8 +408,18 @@ impl Engine {
         for ((_, value), seq) in rows.iter_mut().zip(committed.first_seq..) {
             row::stamp(value, seq, committed.updated_us)?;
         }
-        self.running(root).unshipped.push(RowBlock { instance: instance.clone(), buffered: true, rows });
+        // Of a storage that is not declared any more, the first checkpoint brings them when it is again.
+        if let Ok(running) = self.running(root) {
+            running.unshipped.push(RowBlock { instance: instance.clone(), buffered: true, rows });
+        }
         Ok(())
+    }
+
+    /// Rows of an instance that has left `root` are not told there any more: they are in its files, elsewhere.
+    pub(super) fn forget_unshipped(self: &Arc<Self>, root: &RootKey, instance: &InstanceId) {
+        if let Ok(running) = self.running(root) {
+            running.unshipped.forget(instance);
+        }
     }
 
     /// Bytes of acknowledged rows that are not in the stream of their storage.
@@ -403,11 +427,12 @@ impl Engine {
         self.shippers.running.lock().values().map(|running| running.unshipped.bytes()).sum()
     }
 
-    fn running(self: &Arc<Self>, root: &RootKey) -> Running {
-        let identity = self.storages.identity(&self.catalog.current(), root).unwrap_or_default();
+    fn running(self: &Arc<Self>, root: &RootKey) -> Result<Running, StoragesError> {
+        let identity = self.storages.identity(&self.catalog.current(), root);
+        let identity = identity.ok_or_else(|| StoragesError::Unknown(root.clone()))?;
         let mut running = self.shippers.running.lock();
         if let Some(known) = running.get(&(root.clone(), identity.clone())) {
-            return known.clone();
+            return Ok(known.clone());
         }
         let (queue, receiver) = mpsc::channel(QUEUE_MAX);
         let (unshipped, open) = (Arc::<Unshipped>::default(), Arc::<AtomicBool>::default());
@@ -416,7 +441,7 @@ impl Engine {
         let room = Arc::new(Semaphore::new(STATEMENTS_BYTES_MAX as usize));
         let new = Running { open, queue, unshipped, room };
         running.insert((root.clone(), identity), new.clone());
-        new
+        Ok(new)
     }
 
     /// Another storage that lies at the same place as `root`, and has its stream open.
@@ -431,14 +456,14 @@ impl Engine {
 
     /// Whether all that former processes stored in `root` is applied.
     pub(super) fn is_open(self: &Arc<Self>, root: &RootKey) -> bool {
-        self.running(root).open.load(Ordering::Acquire)
+        self.running(root).is_ok_and(|running| running.open.load(Ordering::Acquire))
     }
 
     async fn request(self: &Arc<Self>, root: &RootKey, asked: Asked) -> Result<(), ShipError> {
         self.check_owned()?;
         let (done, answer) = oneshot::channel();
         let ended = || self.check_owned().map_or_else(ShipError::from, |()| ShipError::Stopping);
-        self.running(root).queue.send(Request { asked, done }).await.map_err(|_| ended())?;
+        self.running(root)?.queue.send(Request { asked, done }).await.map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
 
@@ -455,17 +480,21 @@ impl Engine {
 }
 
 /// A root where it lay when its stream was begun.
-struct Place {
-    root: RootKey,
+pub(super) struct Place {
+    pub(super) root: RootKey,
     identity: String,
 }
 
 impl Place {
+    /// Whether `catalog` says that it lies there still.
+    pub(super) fn is_in(&self, engine: &Engine, catalog: &Snapshot) -> bool {
+        engine.storages.identity(catalog, &self.root).as_ref() == Some(&self.identity)
+    }
+
     /// Its store as it is reached now.
     fn store(&self, engine: &Engine) -> Option<Arc<dyn ObjectStore>> {
         let catalog = engine.catalog.current();
-        let same = engine.storages.identity(&catalog, &self.root).as_ref() == Some(&self.identity);
-        if same { engine.storages.store(&catalog, &self.root).ok() } else { None }
+        if self.is_in(engine, &catalog) { engine.storages.store(&catalog, &self.root).ok() } else { None }
     }
 }
 
@@ -477,7 +506,7 @@ async fn run(
     open: Arc<AtomicBool>,
 ) {
     let root = &place.root;
-    let Ok(mut stream) = begin::open(&engine, root).await else { return };
+    let Ok(mut stream) = begin::open(&engine, &place).await else { return };
     let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
     // Before the first checkpoint: who looks for processes looks for their streams.
     if engine.storages.ships_rows(&engine.catalog.current(), root)
@@ -511,6 +540,10 @@ async fn run(
         }
         // Between two rounds: everything before the next object is in the views and the buffer.
         if checkpoints.is_due() {
+            // What is left of the part that goes is its last object: one that tells of nobody.
+            if append(&engine, &place, &mut stream, Arc::default()).await.is_err() {
+                return;
+            }
             checkpoints.start(stream.next_seq());
         }
     }
@@ -571,6 +604,10 @@ async fn round(
         let told = statements.into_iter().map(|statement| statement.done).chain(waiting);
         told.for_each(|done| _ = done.send(Err(error.clone())));
         return if matches!(error, ShipError::Stopping | ShipError::Disowned(_)) { Err(error) } else { Ok(()) };
+    }
+    if edits.iter().any(|edit| edit.placed.as_ref().is_some_and(|placed| RootKey::of(&placed.location) != *root)) {
+        // What the stream has of those who have left has to go.
+        checkpoints.want();
     }
     if !nothing {
         checkpoints.count(bytes);

@@ -11,6 +11,7 @@ use std::time::Duration;
 use kalamdb_model::declared::Durability;
 use kalamdb_model::{Owner, TableEntry, Value};
 use kalamdb_table_store::Positions;
+use kalamdb_table_store::manifest::{Manifest, Placed};
 use kalamdb_write_buffer::row::{self, RowView};
 use kalamdb_write_buffer::{CommitError, EncodedRow, Fresh, RowError};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
@@ -18,7 +19,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 use super::instance::{Instance, InstanceError, View};
 use super::locate::{Existing, Place};
 use super::read::ReadError;
-use super::{Disowned, Engine, Rebuilding, RootKey, ShipError};
+use super::{Disowned, Engine, FlushError, PlaceError, Rebuilding, RootKey, ShipError};
 
 /// How long a statement waits for others that are at work on the same rows.
 const HOLD_WAIT: Duration = Duration::from_secs(30);
@@ -55,6 +56,12 @@ pub enum WriteError {
     /// The storage is being read back.
     #[error(transparent)]
     Rebuilding(#[from] Rebuilding),
+    /// Where the rows of the user are to lie.
+    #[error("the rows have no place: {0}")]
+    Place(#[from] PlaceError),
+    /// Whether the rows were moved.
+    #[error("it is not known yet in which storage the rows lie")]
+    Settle(#[source] Box<FlushError>),
     /// The files do not answer in time.
     #[error("looking keys up took longer than {} s", LOOK_WAIT.as_secs())]
     Slow,
@@ -107,7 +114,7 @@ impl Engine {
     pub async fn write(self: &Arc<Self>, table: &Arc<TableEntry>, owner: &Owner) -> Result<Writing, WriteError> {
         let instance = self.writable(table, owner).await?;
         let hold = exclusive(&instance).await?;
-        let stores_first = self.stores_first(table);
+        let stores_first = self.stores_first(table, &instance.root(table));
         instance.stores_first.store(stores_first, Ordering::Relaxed);
         self.writing(table, instance, hold)
     }
@@ -122,7 +129,7 @@ impl Engine {
         let instance = self.writable(table, owner).await?;
         let shared = Arc::clone(&instance.writes).read_owned();
         let shared = tokio::time::timeout(HOLD_WAIT, shared).await.map_err(|_| WriteError::Held)?;
-        if instance.stores_first.load(Ordering::Relaxed) == self.stores_first(table) {
+        if instance.stores_first.load(Ordering::Relaxed) == self.stores_first(table, &instance.root(table)) {
             return self.writing(table, instance, Hold::Shared(shared));
         }
         drop(shared);
@@ -130,25 +137,51 @@ impl Engine {
     }
 
     async fn writable(self: &Arc<Self>, table: &TableEntry, owner: &Owner) -> Result<Arc<Instance>, WriteError> {
-        let root = RootKey::of(&table.location);
         self.check_owned()?;
-        self.check_rebuilt(&root).await?;
+        self.check_rebuilt(table, owner).await?;
+        let instance = self.instances.get(&Self::instance_id(table, owner))?;
+        let settled = tokio::time::timeout(HOLD_WAIT, self.settle_move(&instance.id)).await;
+        settled.map_err(|_| ShipError::Waiting)?.map_err(|error| WriteError::Settle(Box::new(error)))?;
+        self.place_new(table, &instance).await?;
+        let root = instance.root(table);
         // Rows that a former process stored, and did not apply, must not appear beneath a statement that has looked.
-        let may_appear = self.stores_first(table) || self.shippers.has_stored_first(&root);
+        let may_appear = self.stores_first(table, &root) || self.shippers.has_stored_first(&root);
         if may_appear && !self.is_open(&root) {
             let opened = tokio::time::timeout(HOLD_WAIT, self.open_stream(&root)).await;
             opened.map_err(|_| ShipError::Waiting)??;
         }
-        Ok(self.instances.get(&Self::instance_id(table, owner))?)
+        Ok(instance)
+    }
+
+    /// Settles where the rows of a user lie who has none yet, if not where the table's do.
+    async fn place_new(&self, table: &TableEntry, instance: &Arc<Instance>) -> Result<(), WriteError> {
+        let is_new = || {
+            let counters = self.buffer.counters(&instance.id)?;
+            Ok::<_, WriteError>(self.is_new(instance) && counters.rows == 0 && !counters.has_frozen())
+        };
+        if !table.use_user_storage || !is_new()? {
+            return Ok(());
+        }
+        self.users.wait().await;
+        let location = self.wanted_place(&self.catalog.current(), table, &instance.id.owner)?;
+        if location == table.location {
+            return Ok(());
+        }
+        let _hold = exclusive(instance).await?;
+        if !is_new()? {
+            return Ok(());
+        }
+        self.moves.note_placed(&instance.id)?;
+        let manifest = Manifest { placed: Some(Placed { location, moves: 1 }), ..Manifest::default() };
+        let mut current = instance.current.write();
+        self.buffer.publish(&instance.id, current.view.flushed, &manifest.encode())?;
+        current.view = Arc::new(View { flushed: current.view.flushed, manifest });
+        Ok(())
     }
 
     /// Whether rows of `table` are stored before they are applied. On the pod's own disk the fsync is as good.
-    fn stores_first(&self, table: &TableEntry) -> bool {
-        table.durability == Durability::ObjectStore && self.ships_rows(table)
-    }
-
-    fn ships_rows(&self, table: &TableEntry) -> bool {
-        self.storages.ships_rows(&self.catalog.current(), &RootKey::of(&table.location))
+    fn stores_first(&self, table: &TableEntry, root: &RootKey) -> bool {
+        table.durability == Durability::ObjectStore && self.storages.ships_rows(&self.catalog.current(), root)
     }
 
     fn writing(
@@ -264,13 +297,13 @@ impl Writing {
         self.note_replaced(&rows);
         let engine = &self.engine;
         let _room = engine.take_room(&self.instance, &rows)?;
-        let (root, id) = (RootKey::of(&self.table.location), self.instance.id.clone());
+        // The hold keeps it from moving.
+        let (root, id) = (self.instance.root(&self.table), self.instance.id.clone());
         if self.instance.stores_first.load(Ordering::Relaxed) {
             engine.ship_rows(&root, id, rows).await?;
         } else {
-            let copies = engine
-                .ships_rows(&self.table)
-                .then(|| rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect());
+            let ships = engine.storages.ships_rows(&engine.catalog.current(), &root);
+            let copies = ships.then(|| rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect());
             let committed =
                 engine.buffer.commit(id.clone(), rows).await.inspect_err(|error| engine.note_failure(error))?;
             if let Some(copies) = copies {
@@ -278,6 +311,7 @@ impl Writing {
             }
         }
         engine.metrics.rows_written.inc_by(count);
+        engine.look_at_new(&self.table, &self.instance);
         Ok(count)
     }
 }

@@ -21,9 +21,14 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
         error @ WriteError::Held => {
             ApiError::new(Kind::Busy, "WRITES_BUSY", format!("{error}; nothing was written, send the request again"))
         }
-        error @ WriteError::Slow => {
-            ApiError::unavailable("STORAGE_UNAVAILABLE", format!("{error}; nothing was written, send the request again"))
+        error @ (WriteError::Place(_) | WriteError::Settle(_)) => {
+            tracing::warn!(error = %crate::error::Chain(&error), "a write has no place to go to");
+            ApiError::unavailable("STORAGE_UNAVAILABLE", format!("{error}; nothing was written"))
         }
+        error @ WriteError::Slow => ApiError::unavailable(
+            "STORAGE_UNAVAILABLE",
+            format!("{error}; nothing was written, send the request again"),
+        ),
         WriteError::Ship(error) => of_ship(error),
         WriteError::Commit(error) => of_commit(error),
         WriteError::Read(ReadError::Storage(error)) => of_storage(&error),
@@ -51,6 +56,7 @@ fn of_ship(error: ShipError) -> ApiError {
             "STORAGE_UNAVAILABLE",
             "the storage of the table takes no rows at the moment; nothing was written, send the request again",
         ),
+        ShipError::Storage(error) => of_storage(&error),
         ShipError::Stopping | ShipError::Unapplied(_) => outcome_unknown(),
         error @ (ShipError::Refused(_) | ShipError::Row(_) | ShipError::Buffer(_)) => ApiError::internal(&error),
     }
@@ -123,6 +129,9 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
         | FlushError::Garbled { .. }
         | FlushError::Describe { .. }
         | FlushError::Ship(_)
+        | FlushError::Copy { .. }
+        | FlushError::Place(_)
+        | FlushError::Rebuilding(_)
         | FlushError::Waiting => ApiError::unavailable(
             "STORAGE_UNAVAILABLE",
             "the storage of the table does not answer; the rows stay buffered, and the flush is tried again",
@@ -134,6 +143,7 @@ pub(super) fn of_flush(error: &FlushError) -> ApiError {
         | FlushError::Row(_)
         | FlushError::Located(_)
         | FlushError::Compact(_)
+        | FlushError::Note(_)
         | FlushError::Cancelled
         | FlushError::File(_)
         | FlushError::Path(_)

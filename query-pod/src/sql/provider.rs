@@ -285,8 +285,13 @@ mod tests {
         catalog.serve(compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain).0);
         let table = Arc::new(catalog.current().catalog.tables.values().next().unwrap().clone());
         let storages = Storages::new(dir.path().to_owned(), Secrets::default());
-        let limits =
-            EngineLimits { instance_bytes_max: 1 << 20, disk_reserve_bytes: 0, flushes_max: 1, garbage_after_secs: 0 };
+        let limits = EngineLimits {
+            instance_bytes_max: 1 << 20,
+            disk_reserve_bytes: 0,
+            garbage_after_secs: 0,
+            orphans_after_secs: 0,
+            flushes_max: 1,
+        };
         let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::new(Metrics::default())).unwrap();
         let provider = InstanceTable::new(Arc::clone(&engine), table, false);
         let scan = async |config: SessionConfig| {

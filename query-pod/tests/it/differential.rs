@@ -127,8 +127,13 @@ impl Ours {
         let store = Arc::clone(&self.store);
         let open = Box::new(move |_: &_, _: Option<&_>, _| Ok(Arc::clone(&store)));
         let storages = Storages::opened_by(open, Secrets::default());
-        let limits =
-            EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4, garbage_after_secs: 0 };
+        let limits = EngineLimits {
+            instance_bytes_max: 64 << 20,
+            disk_reserve_bytes: 0,
+            flushes_max: 4,
+            garbage_after_secs: 0,
+            orphans_after_secs: 0,
+        };
         let metrics = Arc::new(Metrics::default());
         let engine = Engine::open(self.dir.path(), catalog, storages, limits, Arc::clone(&metrics))?;
         let limits = Limits::parse_from(["pod"]).limits;

@@ -140,7 +140,9 @@ async fn buffered_rows_that_a_commit_does_not_hold_are_never_given_up_for_it() -
         last_seq: 1,
         add: vec![],
         remove: vec![],
-        replace: BTreeMap::new(), placed: None };
+        replace: BTreeMap::new(),
+        placed: None,
+    };
     StreamWriter::new(Arc::clone(&world.truth), &incarnation, 2)
         .append(&Arc::new(Round { edits: vec![edit], rows: vec![] }))
         .await?;

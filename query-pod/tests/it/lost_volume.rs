@@ -582,6 +582,7 @@ async fn statements_that_never_stop_do_not_keep_the_stream_from_being_shortened(
 
 /// The process whose stream is there, as soon as it is.
 async fn engine_incarnation(world: &World) -> anyhow::Result<String> {
-    eventually("its stream is begun", async || Ok(!stream::incarnations(world.truth.as_ref()).await?.is_empty())).await?;
+    eventually("its stream is begun", async || Ok(!stream::incarnations(world.truth.as_ref()).await?.is_empty()))
+        .await?;
     stream::incarnations(world.truth.as_ref()).await?.pop().context("its stream")
 }

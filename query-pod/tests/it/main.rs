@@ -11,6 +11,7 @@ mod isolation;
 mod limits;
 mod lost_volume;
 mod manifests;
+mod moves;
 mod names;
 mod outside;
 mod plans;

@@ -92,13 +92,54 @@ async fn deleted_rows_whose_time_is_over_leave_the_files_of_idle_users_too() -> 
     let jobs = engine.jobs().all();
     ensure!(jobs.iter().any(|job| job.kind == JobKind::Retention && job.users == 2 && job.rows == 14), "{jobs:?}");
     let prefix = paths::instance_prefix(&table.location, &idle)?;
-    eventually("the files with deleted rows are gone", async || {
-        Ok(data_files(&world, &prefix).await?.len() == 1)
-    })
-    .await?;
+    eventually("the files with deleted rows are gone", async || Ok(data_files(&world, &prefix).await?.len() == 1))
+        .await?;
     ensure!(engine.jobs().all().iter().any(|job| job.kind == JobKind::Garbage && job.bytes > 0));
     let there = world.truth.head(&paths::outside_manifest(&prefix)).await;
     ensure!(there.is_ok(), "the manifest for outside readers stays");
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_that_nobody_names_are_removed_and_no_others() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open()?;
+    let owner = user("alice")?;
+    let before = ulid::Ulid::generate();
+    // The first use of the storage comes later, by the clock of names too.
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    for id in 0..3 {
+        insert(&engine, &table, &owner, id).await?;
+        engine.flush(&Engine::instance_id(&table, &owner)).await?;
+    }
+    let put = async |path: &object_store::path::Path| world.truth.put(path, "x".into()).await;
+    let in_folder_of = |name: &str| anyhow::Ok(paths::instance_prefix(&table.location, &user(name)?)?);
+    let name = || ulid::Ulid::generate().to_string();
+    let (mut gone, mut kept) = (Vec::new(), Vec::new());
+    for user in ["alice", "é/🙂", "nobody"] {
+        gone.push(paths::data_file(&in_folder_of(user)?, 1, 1, &name()));
+        kept.push(paths::data_file(&in_folder_of(user)?, 1, 1, &before.to_string()));
+        kept.push(in_folder_of(user)?.join("mine.parquet"));
+    }
+    kept.push(paths::data_file(&"users/alice/app/other".into(), 1, 1, &name()));
+    kept.push(paths::data_file(&"users/alice/app".into(), 1, 1, &name()));
+    kept.push(paths::data_file(&"elsewhere".into(), 1, 1, &name()));
+    for path in gone.iter().chain(&kept) {
+        put(path).await?;
+    }
+    let live = engine.read(&table, &owner, vec![0], None).await?;
+    ensure!(engine.collect_orphans().await? == gone.len() as u64);
+    for path in &gone {
+        ensure!(world.truth.head(path).await.is_err(), "{path} is there");
+    }
+    for path in &kept {
+        ensure!(world.truth.head(path).await.is_ok(), "{path} is gone");
+    }
+    for file in &live.view.manifest.files {
+        ensure!(world.truth.head(&file.path.as_str().into()).await.is_ok(), "{} is gone", file.path);
+    }
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 3 && engine.collect_orphans().await? == 0);
     engine.close(Duration::from_secs(5)).await;
     Ok(())
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use arrow::array::{AsArray as _, RecordBatch};
 use arrow::datatypes::Int64Type;
+use bytes::Bytes;
 use futures::TryStreamExt as _;
+use kalamdb_model::declared::StorageRoot;
 use kalamdb_model::{OnRemoval, Owner, TableEntry, TableName, UserId, Value, compile, key};
 use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::engine::{Engine, EngineLimits, NewRow, RootKey, Secrets, Storages};
@@ -16,14 +18,17 @@ use kalamdb_table_store::Positions;
 use kalamdb_test_support::fault_store::{FaultStore, Rates};
 use kalamdb_test_support::pod::MANIFESTS;
 use kalamdb_write_buffer::row;
-use object_store::ObjectStore;
 use object_store::memory::InMemory;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectStore, ObjectStoreExt as _};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 pub struct World {
     pub dir: tempfile::TempDir,
     pub truth: Arc<dyn ObjectStore>,
     pub faults: FaultStore,
+    /// Storages of file systems with these paths have stores of their own, in folders of `truth`.
+    regions: [(&'static str, FaultStore); 3],
     /// The folder is new, and its instance is not.
     lost: bool,
 }
@@ -32,7 +37,44 @@ impl World {
     pub fn new(seed: u64, rates: Rates) -> anyhow::Result<Self> {
         let truth: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let faults = FaultStore::seeded(Arc::clone(&truth), seed, rates);
-        Ok(Self { dir: tempfile::tempdir()?, truth, faults, lost: false })
+        let region = |name: &'static str| {
+            let own = Arc::new(PrefixStore::new(Arc::clone(&truth), name));
+            (name, FaultStore::seeded(own, seed, rates))
+        };
+        let regions = ["home", "eu", "us"].map(region);
+        Ok(Self { dir: tempfile::tempdir()?, truth, faults, regions, lost: false })
+    }
+
+    /// Whether every call to a region fails.
+    pub fn set_down(&self, region: &str, down: bool) {
+        self.regions.iter().filter(|(name, _)| *name == region).for_each(|(_, faults)| faults.set_down(down));
+    }
+
+    /// No failures by chance any more.
+    pub fn heal(&self) {
+        self.faults.heal();
+        self.regions.iter().for_each(|(_, faults)| faults.heal());
+    }
+
+    /// Every object of a region, with its path there.
+    pub async fn objects(&self, region: &str) -> anyhow::Result<Vec<(String, Bytes)>> {
+        let store = PrefixStore::new(Arc::clone(&self.truth), region);
+        let listed: Vec<_> = store.list(None).try_collect().await?;
+        let mut objects = Vec::new();
+        for meta in listed {
+            // It may go meanwhile.
+            if let Ok(found) = store.get(&meta.location).await {
+                objects.push((meta.location.to_string(), found.bytes().await?));
+            }
+        }
+        Ok(objects)
+    }
+
+    /// A data file of a storage.
+    async fn file(&self, root: &RootKey, path: &str) -> anyhow::Result<Bytes> {
+        let region = self.regions.iter().find(|(name, _)| *name == root.storage.as_str());
+        let path = region.map_or_else(|| path.to_owned(), |(name, _)| format!("{name}/{path}"));
+        Ok(self.truth.get(&object_store::path::Path::parse(path)?).await?.bytes().await?)
     }
 
     pub fn open(&self) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
@@ -48,15 +90,26 @@ impl World {
             catalog.save(&compiled)?;
             catalog.serve(compiled.clone());
         }
-        let faults = self.faults.clone();
-        let open = Box::new(move |_: &_, _: Option<&_>, _| Ok(Arc::new(faults.clone()) as Arc<dyn ObjectStore>));
+        let (faults, regions) = (self.faults.clone(), self.regions.clone());
+        let open = Box::new(move |root: &StorageRoot, _: Option<&_>, _| {
+            let region = regions.iter().find(|(name, _)| root.place().1.trim_matches('/') == *name);
+            Ok(Arc::new(region.map_or(&faults, |(_, own)| own).clone()) as Arc<dyn ObjectStore>)
+        });
         let storages = Storages::opened_by(open, Secrets::default());
-        let limits =
-            EngineLimits { instance_bytes_max: 64 << 20, disk_reserve_bytes: 0, flushes_max: 4, garbage_after_secs: 0 };
+        let limits = EngineLimits {
+            instance_bytes_max: 64 << 20,
+            disk_reserve_bytes: 0,
+            flushes_max: 4,
+            garbage_after_secs: 0,
+            orphans_after_secs: 0,
+        };
         let engine = Engine::open(self.dir.path(), catalog.clone(), storages, limits, Arc::new(Metrics::default()))?;
         if self.lost {
             engine.expect_rebuild()?;
             engine.serve_catalog(compiled)?;
+        }
+        if manifests.contains("useUserStorage") {
+            engine.follow_users(Arc::new(self.faults.clone()));
         }
         let table = catalog.current().table(&TableName::parse("app.messages")?).context("the table")?.clone();
         Ok((engine, table))
@@ -153,8 +206,7 @@ pub async fn contents(
     for file in &rows.view.manifest.files {
         let replaced = rows.replaced.get(file.path.as_str()).cloned().unwrap_or_default();
         let hidden = file.hidden().union(&replaced);
-        let path = object_store::path::Path::parse(&file.path)?;
-        let bytes = world.truth.get_opts(&path, object_store::GetOptions::default()).await?.bytes().await?;
+        let bytes = world.file(&rows.root, &file.path).await?;
         let mut first = 0;
         for batch in ParquetRecordBatchReaderBuilder::try_new(bytes)?.build()? {
             let batch = batch?;

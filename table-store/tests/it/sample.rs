@@ -45,7 +45,9 @@ pub fn edit(n: u64) -> Edit {
         last_seq: i64::try_from(n).unwrap(),
         add: vec![file(n)],
         remove: if n.is_multiple_of(3) { vec![format!("old/{n}")] } else { Vec::new() },
-        replace: BTreeMap::new(), placed: None }
+        replace: BTreeMap::new(),
+        placed: None,
+    }
 }
 
 pub fn table(columns: &[(&str, &str, bool)]) -> TableEntry {
@@ -73,6 +75,7 @@ pub fn table(columns: &[(&str, &str, bool)]) -> TableEntry {
             template: "users/{userId}/app/messages".to_owned(),
         },
         use_user_storage: false,
+        had_user_storage: false,
         flush_policy: FlushPolicy::default(),
         replication: None,
         deleted_retention_hours: Some(24),

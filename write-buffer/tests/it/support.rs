@@ -54,6 +54,7 @@ pub fn table(columns: Vec<Column>) -> TableEntry {
             template: "users/{userId}/app/t".into(),
         },
         use_user_storage: false,
+        had_user_storage: false,
         flush_policy: FlushPolicy::default(),
         replication: None,
         deleted_retention_hours: None,

@@ -1,0 +1,387 @@
+//! Users whose rows lie in storages of their own, and what happens when these change.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use kalamdb_model::{Owner, StorageName, TableEntry, UserId};
+use kalamdb_query_pod::crash::MOVE_POINTS;
+use kalamdb_query_pod::engine::{Engine, JobKind, JobState};
+use kalamdb_table_store::FilesystemStore;
+use kalamdb_table_store::users::{StorageMode, User, Users};
+use kalamdb_test_support::fault_store::Rates;
+use kalamdb_test_support::pod::{Home, Pod, eventually, files_below};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::json;
+
+use crate::world::{PATIENCE, World, contents, insert, message, user};
+use crate::{BINARY, rows};
+
+/// A table in the storage `home`, whose users may have others, and two of these.
+fn manifests() -> String {
+    let storage = |name: &str| {
+        format!(
+            "apiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: {name}}}\nspec:\n  type: Filesystem\n  \
+             filesystem: {{path: /{name}}}\n  userTablesTemplate: users/{{userId}}/{{namespace}}/{{tableName}}\n  \
+             sharedTablesTemplate: shared/{{namespace}}/{{tableName}}\n---\n"
+        )
+    };
+    let table = "
+apiVersion: kalamdb.org/v1alpha1
+kind: Namespace
+metadata: {name: app}
+spec: {defaultStorage: home}
+---
+apiVersion: kalamdb.org/v1alpha1
+kind: UserTable
+metadata: {name: app.messages}
+spec:
+  namespaceRef: app
+  tableName: messages
+  columns:
+    - {name: id, type: BIGINT, primaryKey: true, default: SNOWFLAKE_ID()}
+    - {name: body, type: TEXT, nullable: false}
+  useUserStorage: true
+  flushPolicy: {rows: 10000, interval: 1h}
+";
+    format!("{}{}{}{table}", storage("home"), storage("eu"), storage("us"))
+}
+
+fn stored_first() -> String {
+    manifests().replace("flushPolicy", "durability: objectStore\n  flushPolicy")
+}
+
+const STORAGES: [&str; 3] = ["home", "eu", "us"];
+
+async fn send(engine: &Arc<Engine>, name: &str, storage: Option<&str>) -> anyhow::Result<()> {
+    let (storage_mode, storage_id) = match storage {
+        Some(storage) => (StorageMode::Region, Some(StorageName::new(storage)?)),
+        None => (StorageMode::Table, None),
+    };
+    Ok(engine.put_user(User { id: UserId::new(name)?, storage_mode, storage_id }).await?)
+}
+
+/// Where a reader of `owner`'s rows goes.
+async fn place(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<String> {
+    Ok(engine.read(table, owner, vec![0], None).await?.root.storage.to_string())
+}
+
+async fn arrives(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner, storage: &str) -> anyhow::Result<()> {
+    // A storage that fails may have to be asked more than once.
+    let arrived = async || Ok(place(engine, table, owner).await.is_ok_and(|place| place == storage));
+    eventually("the rows are in their new storage", arrived).await
+}
+
+/// Every object of the storage `name` with `text` in its path or bytes, footers of Parquet files included.
+async fn holding(world: &World, name: &str, text: &str) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (path, bytes) in world.objects(name).await? {
+        if path.contains(text) || bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_lie_in_the_users_storage_from_the_first_one_on() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&manifests())?;
+    let (alice, bob, carol) = (user("alice")?, user("bob")?, user("carol")?);
+    for name in ["alice", "carol"] {
+        send(&engine, name, Some("eu")).await?;
+    }
+    for owner in [&alice, &bob, &carol] {
+        insert(&engine, &table, owner, 1).await?;
+    }
+    // The first that is heard of her there may be her file.
+    engine.flush(&Engine::instance_id(&table, &carol)).await?;
+    ensure!(place(&engine, &table, &alice).await? == "eu" && place(&engine, &table, &bob).await? == "home");
+    eventually("all is shipped", async || Ok(engine.unshipped_bytes() == 0)).await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    // Of alice nothing is flushed: what tells where her rows lie is where they were shipped.
+    world.lose_volume()?;
+    let (engine, table) = world.open_with(&manifests())?;
+    for owner in [&alice, &bob, &carol] {
+        ensure!(contents(&world, &engine, &table, owner).await?.len() == 1);
+    }
+    ensure!(place(&engine, &table, &carol).await? == "eu");
+    ensure!(place(&engine, &table, &alice).await? == "eu" && place(&engine, &table, &bob).await? == "home");
+    for owner in [&alice, &bob] {
+        engine.flush(&Engine::instance_id(&table, owner)).await?;
+    }
+    ensure!(holding(&world, "home", "alice").await?.is_empty(), "{:?}", holding(&world, "home", "alice").await?);
+    ensure!(holding(&world, "eu", "bob").await?.is_empty());
+    let files = holding(&world, "eu", "users/alice/app/messages/").await?;
+    ensure!(files.iter().any(|path| path.ends_with(".parquet")), "{files:?}");
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_who_moves_takes_everything_along() -> anyhow::Result<()> {
+    for manifests in [manifests(), stored_first()] {
+        let world = World::new(1, Rates::default())?;
+        let (engine, table) = world.open_with(&manifests)?;
+        let (alice, bob) = (user("alice")?, user("bob")?);
+        let id = Engine::instance_id(&table, &alice);
+        for round in 0..4 {
+            for owner in [&alice, &bob] {
+                for row in 0..5 {
+                    insert(&engine, &table, owner, round * 10 + row).await?;
+                }
+            }
+            engine.flush(&id).await?;
+        }
+        // Old versions and deleted rows in files, others only in the buffer.
+        let writing = engine.write(&table, &alice).await?;
+        writing.commit(vec![message(&table, 0, "new")], vec![message(&table, 1, "body 1")]).await?;
+        insert(&engine, &table, &alice, 99).await?;
+        let before = contents(&world, &engine, &table, &alice).await?;
+        send(&engine, "alice", Some("eu")).await?;
+        arrives(&engine, &table, &alice, "eu").await?;
+        ensure!(contents(&world, &engine, &table, &alice).await? == before);
+        insert(&engine, &table, &alice, 100).await?;
+        let writing = engine.write(&table, &alice).await?;
+        writing.commit(vec![message(&table, 10, "newer")], vec![message(&table, 11, "body 11")]).await?;
+        engine.flush(&id).await?;
+        ensure!(contents(&world, &engine, &table, &alice).await?.len() == before.len());
+        eventually("nothing of hers is left behind", async || Ok(holding(&world, "home", "alice").await?.is_empty()))
+            .await?;
+        ensure!(!holding(&world, "home", "bob").await?.is_empty());
+        let job = engine.jobs().all().into_iter().find(|job| job.kind == JobKind::StorageMove).context("a job")?;
+        ensure!(job.state == JobState::Done && job.users == 1 && job.rows == 23 && job.bytes > 0, "{job:?}");
+        // And back, as often as she likes.
+        for storage in [None, Some("us"), Some("eu"), None] {
+            send(&engine, "alice", storage).await?;
+            arrives(&engine, &table, &alice, storage.unwrap_or("home")).await?;
+            insert(&engine, &table, &alice, 200 + i64::try_from(storage.map_or(0, str::len))?).await.ok();
+        }
+        let after = contents(&world, &engine, &table, &alice).await?;
+        for other in ["eu", "us"] {
+            let left = async || Ok(holding(&world, other, "alice").await?.is_empty());
+            eventually("nothing is left in any storage that she was in", left).await?;
+        }
+        engine.close(Duration::from_secs(5)).await;
+        drop(engine);
+        let (engine, table) = world.open_with(&manifests)?;
+        ensure!(contents(&world, &engine, &table, &alice).await? == after);
+        engine.close(Duration::from_secs(5)).await;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storage_that_is_down_holds_up_the_move_and_not_the_user() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let (engine, table) = world.open_with(&manifests())?;
+    let alice = user("alice")?;
+    insert(&engine, &table, &alice, 1).await?;
+    engine.flush(&Engine::instance_id(&table, &alice)).await?;
+    world.set_down("eu", true);
+    send(&engine, "alice", Some("eu")).await?;
+    for id in 2..5 {
+        insert(&engine, &table, &alice, id).await?;
+        ensure!(contents(&world, &engine, &table, &alice).await?.len() == usize::try_from(id)?);
+    }
+    ensure!(place(&engine, &table, &alice).await? == "home");
+    world.set_down("eu", false);
+    arrives(&engine, &table, &alice, "eu").await?;
+    ensure!(contents(&world, &engine, &table, &alice).await?.len() == 4);
+    ensure!(
+        engine
+            .put_user(User {
+                id: UserId::new("x")?,
+                storage_mode: StorageMode::Region,
+                storage_id: Some(StorageName::new("nowhere")?)
+            })
+            .await
+            .is_err()
+    );
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// Statements, flushes, compactions, moves, restarts and lost volumes in turns, against a model.
+async fn wander(manifests: &str, rates: Rates, seed: u64, turns: u32) -> anyhow::Result<()> {
+    eprintln!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut world = World::new(seed, rates)?;
+    let names = ["alice", "bob"];
+    let mut model: Vec<BTreeMap<i64, String>> = vec![BTreeMap::new(); names.len()];
+    for turn in 0..turns {
+        let (engine, table) = world.open_with(manifests)?;
+        engine.open_known_streams(PATIENCE).await?;
+        for _ in 0..random.random_range(1..12) {
+            let at = random.random_range(0..names.len());
+            let owner = user(names[at])?;
+            match random.random_range(0..10) {
+                0..5 => {
+                    let (id, body) = (random.random_range(0..20), format!("{} {}", names[at], random.random::<u32>()));
+                    if let Ok(writing) = engine.write(&table, &owner).await
+                        && writing.commit(vec![message(&table, id, &body)], Vec::new()).await.is_ok()
+                    {
+                        model[at].insert(id, body);
+                    }
+                }
+                5 => {
+                    let Some((id, body)) = model[at].first_key_value().map(|(id, body)| (*id, body.clone())) else {
+                        continue;
+                    };
+                    if let Ok(writing) = engine.write(&table, &owner).await
+                        && writing.commit(Vec::new(), vec![message(&table, id, &body)]).await.is_ok()
+                    {
+                        model[at].remove(&id);
+                    }
+                }
+                6 => {
+                    let id = Engine::instance_id(&table, &owner);
+                    let _ = tokio::time::timeout(Duration::from_secs(3), engine.flush(&id)).await;
+                }
+                7 => {
+                    let _ = tokio::time::timeout(Duration::from_secs(3), engine.compact_matching(|_| true)).await;
+                }
+                _ => {
+                    let storage = STORAGES[random.random_range(0..3)];
+                    let _ = send(&engine, names[at], Some(storage)).await;
+                }
+            }
+            if random.random_bool(0.3) {
+                for (name, expected) in names.iter().zip(&model) {
+                    let found = agrees(&world, &engine, &table, &user(name)?).await?;
+                    ensure!(found == *expected, "turn {turn}, {name}: {found:?} instead of {expected:?}");
+                }
+            }
+        }
+        let loses = random.random_bool(0.4);
+        if loses {
+            eventually("all is shipped", async || Ok(engine.unshipped_bytes() == 0)).await?;
+        }
+        engine.close(Duration::from_secs(8)).await;
+        if loses {
+            world.lose_volume()?;
+        } else {
+            world.keep_volume();
+        }
+    }
+    world.heal();
+    let (engine, table) = world.open_with(manifests)?;
+    engine.open_known_streams(PATIENCE).await?;
+    for (name, expected) in names.iter().zip(&model) {
+        let found = agrees(&world, &engine, &table, &user(name)?).await?;
+        ensure!(found == *expected, "{name} at the end: {found:?} instead of {expected:?}");
+    }
+    for name in names {
+        send(&engine, name, Some("us")).await?;
+        if model[usize::from(name == "bob")].is_empty() {
+            continue;
+        }
+        arrives(&engine, &table, &user(name)?, "us").await?;
+    }
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+/// What a reader is shown, as soon as the store answers.
+async fn agrees(
+    world: &World,
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    owner: &Owner,
+) -> anyhow::Result<BTreeMap<i64, String>> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match contents(world, engine, table, owner).await {
+            Ok(found) => return Ok(found),
+            Err(error) if tokio::time::Instant::now() > deadline || format!("{error:#}").contains("twice") => {
+                return Err(error);
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+fn seed() -> u64 {
+    std::env::var("KALAMDB_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wandering_users_lose_and_double_nothing() -> anyhow::Result<()> {
+    for manifests in [manifests(), stored_first()] {
+        wander(&manifests, Rates::default(), seed(), 8).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wandering_users_lose_and_double_nothing_over_failing_stores() -> anyhow::Result<()> {
+    for manifests in [manifests(), stored_first()] {
+        wander(&manifests, Rates { before: 0.05, after: 0.05, other: 0.02 }, seed(), 6).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_killed_between_any_two_steps_of_a_move_loses_doubles_and_leaves_behind_nothing() -> anyhow::Result<()> {
+    for point in MOVE_POINTS {
+        let folders = tempfile::tempdir()?;
+        let folder = |name: &str| folders.path().join(name);
+        let manifests = STORAGES.iter().fold(manifests(), |text, name| {
+            text.replace(&format!("path: /{name}}}"), &format!("path: {}}}", folder(name).display()))
+        });
+        let mut home = Home::new(BINARY, &manifests)?;
+        home.flags = ["--garbage-after-secs", "0"].map(str::to_owned).to_vec();
+        let pod = home.start().await?;
+        for name in ["alice", "bob"] {
+            let sql = "INSERT INTO app.messages (id, body) SELECT value, 'body' FROM generate_series(1, 20)";
+            pod.run(name, sql, json!([])).await?;
+            pod.run(name, "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+            pod.run(name, "DELETE FROM app.messages WHERE id = 7", json!([])).await?;
+        }
+        if point == "flush.committed" {
+            // Then the first commit is the move.
+            pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        }
+        drop(pod);
+        let users = FilesystemStore::open(&home.data_dir().join("home"))?;
+        let alice = User {
+            id: UserId::new("alice")?,
+            storage_mode: StorageMode::Region,
+            storage_id: Some(StorageName::new("eu")?),
+        };
+        Users::default().put(&users, alice).await?;
+
+        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
+        let mut crashing = home.spawn()?;
+        eventually(&format!("the pod crashes at {point}"), async || Ok(crashing.try_wait()?.is_some())).await?;
+
+        home.env.clear();
+        let mut pod = home.start().await?;
+        let ids = async |pod: &Pod, name: &str| -> anyhow::Result<usize> {
+            Ok(rows(pod, name, "SELECT id FROM app.messages", json!([])).await?.as_array().context("rows")?.len())
+        };
+        ensure!((ids(&pod, "alice").await?, ids(&pod, "bob").await?) == (19, 19), "{point}");
+        pod.run("alice", "INSERT INTO app.messages (id, body) VALUES (21, 'later')", json!([])).await?;
+        pod.run("alice", "UPDATE app.messages SET body = 'later' WHERE id = 3", json!([])).await?;
+        let left_behind = || {
+            let found = std::process::Command::new("grep").args(["-rlaF", "alice"]).arg(folder("home")).output()?;
+            let named = files_below(&folder("home"))?.into_iter().filter(|path| path.contains("alice")).count();
+            anyhow::Ok(found.stdout.len() + named)
+        };
+        eventually(&format!("{point}: nothing of hers is left behind"), async || Ok(left_behind()? == 0)).await?;
+        ensure!(
+            ids(&pod, "alice").await? == 20 && files_below(&folder("eu").join("users/alice"))?.len() > 1,
+            "{point}"
+        );
+        pod.kill()?;
+        let pod = home.start().await?;
+        ensure!((ids(&pod, "alice").await?, ids(&pod, "bob").await?) == (20, 19), "{point}");
+        let body =
+            rows(&pod, "alice", "SELECT body FROM app.messages WHERE id IN (3, 4) ORDER BY id", json!([])).await?;
+        ensure!(body == json!([["later"], ["body"]]), "{point}: {body}");
+    }
+    Ok(())
+}
