@@ -1,5 +1,8 @@
 //! What the pod counts. Labels come from closed sets; never a user, a table or a statement.
 
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
 use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -9,7 +12,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use crate::engine::{Caches, Storages};
+use crate::engine::{Caches, Engine};
 use crate::error::Kind;
 
 /// Label of failed statements.
@@ -35,8 +38,8 @@ pub struct Metrics {
     pub checkpoints: Counter,
     /// Rows brought back from commit streams on a new volume.
     pub rows_rebuilt: Counter,
-    /// Bytes of acknowledged rows that are not in the commit stream of their storage yet.
-    pub unshipped_bytes: Gauge,
+    /// Memory that running queries have taken.
+    pub query_memory_bytes: Gauge,
     /// Queries run.
     pub queries: Counter,
     /// Queries whose plan had been made before.
@@ -61,7 +64,7 @@ impl Default for Metrics {
         let (rows_written, rows_flushed) = (Counter::default(), Counter::default());
         let (flushes, flush_failures, queries) = (Counter::default(), Counter::default(), Counter::default());
         let (compactions, checkpoints, rows_rebuilt) = (Counter::default(), Counter::default(), Counter::default());
-        let unshipped_bytes = Gauge::default();
+        let query_memory_bytes = Gauge::default();
         let (catalog_version, catalog_refused) = (Gauge::default(), Gauge::default());
         let failures = Family::<Status, Counter>::default();
         registry.register("rows_written", "Rows acknowledged", rows_written.clone());
@@ -75,11 +78,8 @@ impl Default for Metrics {
             "Unflushed rows brought back from commit streams after the loss of a volume",
             rows_rebuilt.clone(),
         );
-        registry.register(
-            "unshipped_bytes",
-            "Bytes of acknowledged rows that are on this disk and not yet in the commit stream of their storage",
-            unshipped_bytes.clone(),
-        );
+        let memory = "Memory that running queries have taken, of --queries-memory-bytes";
+        registry.register("query_memory_bytes", memory, query_memory_bytes.clone());
         registry.register("queries", "Queries run", queries.clone());
         let plans_reused = Counter::default();
         registry.register("plans_reused", "Queries whose plan had been made before", plans_reused.clone());
@@ -112,7 +112,7 @@ impl Default for Metrics {
             compactions,
             checkpoints,
             rows_rebuilt,
-            unshipped_bytes,
+            query_memory_bytes,
             queries,
             plans_reused,
             fast_statements,
@@ -126,9 +126,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Shows what `storages` are asked for, and what their caches do.
-    pub fn watch(&self, storages: &Storages) {
+    /// Shows how full `engine` and the disk of `data_dir` are, what storages are asked for, and what their caches do.
+    pub fn watch(&self, engine: &Arc<Engine>, data_dir: &Path) {
+        let storages = engine.storages();
         let mut registry = self.registry.lock();
+        let of_engine = OfEngine { engine: Arc::downgrade(engine), data_dir: data_dir.to_owned() };
+        registry.register_collector(Box::new(of_engine));
         registry.register("storage_requests", "Requests to storages by kind", storages.requests().clone());
         if let Some(caches) = storages.caches() {
             registry.register_collector(Box::new(OfCaches(caches.clone())));
@@ -147,6 +150,42 @@ impl Metrics {
         // Writing to a String cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock());
         text
+    }
+}
+
+/// How full the data plane is. Weak: it holds the metrics.
+struct OfEngine {
+    engine: Weak<Engine>,
+    data_dir: PathBuf,
+}
+
+impl std::fmt::Debug for OfEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OfEngine")
+    }
+}
+
+impl Collector for OfEngine {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        let Some(engine) = self.engine.upgrade() else { return Ok(()) };
+        let mut put = |name: &str, help: &str, value: u64| {
+            let metric = gauge(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        let (bytes, instances) = engine.buffered();
+        let unshipped =
+            "Bytes of acknowledged rows that are on this disk and not yet in the commit stream of their storage";
+        put("unshipped_bytes", unshipped, engine.unshipped_bytes() as u64)?;
+        put("buffered_bytes", "Bytes of unflushed rows, of --buffered-bytes-max", bytes)?;
+        put("buffered_instances", "Users' parts of tables that have unflushed rows", instances as u64)?;
+        if let Ok(disk) = rustix::fs::statvfs(&self.data_dir) {
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            put("disk_free_bytes", "Free bytes of the data folder's disk; writes leave --disk-reserve-bytes", free)?;
+        }
+        if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
+            put("open_files", "Files and connections that are open", files.count() as u64)?;
+        }
+        Ok(())
     }
 }
 

@@ -64,7 +64,7 @@ impl Parts {
 pub async fn serve(server: &Server, parts: Parts, tokens: Tokens) -> anyhow::Result<()> {
     let Parts { metrics, engine, ready, .. } = parts;
     engine.storages().set_caches(Caches::open(&server.data_dir, &server.cache, server.engine.disk_reserve_bytes).await);
-    metrics.watch(engine.storages());
+    metrics.watch(&engine, &server.data_dir);
     // Before anybody is answered: the storages may know that the data folder is not what it was.
     engine.open_known_streams(STREAMS_WAIT).await?;
     let sql = Sql::new(Arc::clone(&engine), server.sql.clone(), Arc::clone(&metrics))?;

@@ -68,6 +68,9 @@ pub struct EngineLimits {
     /// Most buffered bytes of one user's part of a table; above it writes to it are refused until it is flushed.
     #[arg(long, default_value_t = 64 << 20)]
     pub instance_bytes_max: u64,
+    /// Most buffered bytes of all users; from half of it on the largest are flushed, above it writes are refused.
+    #[arg(long, default_value_t = 2 << 30)]
+    pub buffered_bytes_max: u64,
     /// Free bytes that writes leave on the data folder's disk.
     #[arg(long, default_value_t = 256 << 20)]
     pub disk_reserve_bytes: u64,
@@ -275,6 +278,12 @@ impl Engine {
     #[must_use]
     pub const fn jobs(&self) -> &Jobs {
         &self.jobs
+    }
+
+    /// Bytes of unflushed rows, and how many users' parts of tables have any.
+    #[must_use]
+    pub fn buffered(&self) -> (u64, usize) {
+        (self.schedule.bytes(), self.schedule.len())
     }
 
     /// The stores behind locations.

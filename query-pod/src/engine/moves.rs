@@ -170,7 +170,7 @@ pub(super) async fn run(engine: Arc<Engine>) {
             return;
         }
         if engine.moves.all.swap(false, Ordering::AcqRel) {
-            for user in engine.users.all() {
+            for user in engine.users().unwrap_or_default() {
                 engine.moves.look_at_user(&engine.catalog.current(), &user.id);
             }
             let placed: Vec<InstanceId> = engine.moves.placed.read().iter().cloned().collect();

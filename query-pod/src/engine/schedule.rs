@@ -1,7 +1,9 @@
-//! Decides when an instance is flushed: by rows, by age, by request; never one by waiting behind another's failure.
+//! Decides when an instance is flushed: by rows, by age, by request, and the largest first when all of them take much room;
+//! never one by waiting behind another's failure.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kalamdb_model::InstanceId;
@@ -21,11 +23,16 @@ const TICK: Duration = Duration::from_millis(100);
 #[derive(Default)]
 pub(super) struct Schedule {
     dirty: Mutex<HashMap<InstanceId, Dirty>>,
+    /// Of all of them.
+    bytes: AtomicU64,
     wake: Notify,
 }
 
 struct Dirty {
     rows: u64,
+    /// Of the rows that the next flush takes, and of those that one under way has taken.
+    bytes: u64,
+    frozen_bytes: u64,
     oldest_us: i64,
     urgent: bool,
     flushing: bool,
@@ -34,8 +41,17 @@ struct Dirty {
 }
 
 impl Dirty {
-    fn new(rows: u64, oldest_us: i64) -> Self {
-        Self { rows, oldest_us, urgent: false, flushing: false, not_before: None, backoff: Backoff::default() }
+    fn new() -> Self {
+        Self {
+            rows: 0,
+            bytes: 0,
+            frozen_bytes: 0,
+            oldest_us: 0,
+            urgent: false,
+            flushing: false,
+            not_before: None,
+            backoff: Backoff::default(),
+        }
     }
 }
 
@@ -44,16 +60,37 @@ impl Schedule {
     pub(super) fn applied(&self, applied: &[Applied]) {
         let mut dirty = self.dirty.lock();
         for round in applied {
-            let entry = dirty.entry(round.instance.clone()).or_insert_with(|| Dirty::new(0, round.oldest_us));
-            entry.rows = round.rows;
-            entry.oldest_us = round.oldest_us;
+            let entry = dirty.entry(round.instance.clone()).or_insert_with(Dirty::new);
+            (entry.rows, entry.oldest_us) = (round.rows, round.oldest_us);
+            // Fewer than before: the others were frozen.
+            let frozen = if round.bytes < entry.bytes { entry.bytes } else { 0 };
+            self.count(entry, round.bytes, entry.frozen_bytes + frozen);
         }
+    }
+
+    /// Sets the bytes of an instance, and so those of all.
+    fn count(&self, entry: &mut Dirty, bytes: u64, frozen_bytes: u64) {
+        self.bytes.fetch_add(bytes + frozen_bytes, Ordering::AcqRel);
+        self.bytes.fetch_sub(entry.bytes + entry.frozen_bytes, Ordering::AcqRel);
+        (entry.bytes, entry.frozen_bytes) = (bytes, frozen_bytes);
+    }
+
+    /// Bytes of all unflushed rows.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Instances that have any.
+    pub(super) fn len(&self) -> usize {
+        self.dirty.lock().len()
     }
 
     /// Takes note of rows from before a restart. What a flush had frozen goes at once.
     pub(super) fn found(&self, id: &InstanceId, counters: &Counters) {
-        let mut entry = Dirty::new(counters.rows, counters.oldest_us);
+        let mut entry = Dirty::new();
+        (entry.rows, entry.oldest_us) = (counters.rows, counters.oldest_us);
         entry.urgent = counters.has_frozen();
+        self.count(&mut entry, counters.bytes, 0);
         self.dirty.lock().insert(id.clone(), entry);
     }
 
@@ -74,7 +111,8 @@ impl Schedule {
         let snapshot = engine.catalog.current();
         let (now, clock) = (Instant::now(), now_us());
         let mut due = Vec::new();
-        for (id, entry) in self.dirty.lock().iter_mut() {
+        let mut dirty = self.dirty.lock();
+        for (id, entry) in dirty.iter_mut() {
             if entry.flushing || entry.not_before.is_some_and(|time| now < time) {
                 continue;
             }
@@ -83,6 +121,22 @@ impl Schedule {
             let age = u64::try_from(clock.saturating_sub(entry.oldest_us)).map_or(Duration::MAX, Duration::from_micros);
             if entry.urgent || table.flush_policy.is_due(entry.rows, age) {
                 entry.flushing = true;
+                due.push(id.clone());
+            }
+        }
+        // What is on its way into files makes room without further ado.
+        let going: u64 = dirty.values().filter(|entry| entry.flushing).map(|it| it.bytes + it.frozen_bytes).sum();
+        let mut too_much = self.bytes().saturating_sub(going).saturating_sub(engine.limits.buffered_bytes_max / 2);
+        if too_much > 0 {
+            let may = |entry: &Dirty| !entry.flushing && entry.not_before.is_none_or(|time| time <= now);
+            let mut others: Vec<_> = dirty.iter_mut().filter(|(_, entry)| may(entry)).collect();
+            others.sort_unstable_by_key(|(_, entry)| std::cmp::Reverse(entry.bytes));
+            for (id, entry) in others {
+                if too_much == 0 || snapshot.table_by_id(id.table).is_none() {
+                    continue;
+                }
+                entry.flushing = true;
+                too_much = too_much.saturating_sub(entry.bytes);
                 due.push(id.clone());
             }
         }
@@ -97,9 +151,11 @@ impl Schedule {
         entry.flushing = false;
         match succeeded.then(|| engine.buffer.counters(id).ok()).flatten() {
             Some(counters) if counters.rows == 0 && !counters.has_frozen() => {
+                self.count(entry, 0, 0);
                 dirty.remove(id);
             }
             Some(counters) => {
+                self.count(entry, counters.bytes, 0);
                 (entry.rows, entry.oldest_us) = (counters.rows, counters.oldest_us);
                 entry.urgent = counters.has_frozen();
                 entry.backoff = Backoff::default();

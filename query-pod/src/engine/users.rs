@@ -6,7 +6,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kalamdb_model::{Location, Owner, TableEntry, TableKind};
+use kalamdb_model::{Location, Owner, TableEntry, TableKind, UserId};
 use kalamdb_table_store::users::{User, Users, UsersError};
 use kalamdb_write_buffer::{ReadError, WriteBuffer};
 use object_store::ObjectStore;
@@ -117,11 +117,6 @@ impl KnownUsers {
     pub(super) fn any(&self) -> bool {
         self.known.read().as_ref().is_none_or(|users| !users.users.is_empty())
     }
-
-    /// All of whom something is known.
-    pub(super) fn all(&self) -> Vec<User> {
-        self.known.read().as_ref().map(|users| users.users.values().cloned().collect()).unwrap_or_default()
-    }
 }
 
 impl Engine {
@@ -148,6 +143,18 @@ impl Engine {
                 }
             }
         });
+    }
+
+    /// What is known of a user.
+    #[must_use]
+    pub fn user(&self, id: &UserId) -> Option<User> {
+        self.users.known.read().as_ref()?.users.get(id).cloned()
+    }
+
+    /// All of whom something is known; `None` while the log was not read yet.
+    #[must_use]
+    pub fn users(&self) -> Option<Vec<User>> {
+        self.users.known.read().as_ref().map(|users| users.users.values().cloned().collect())
     }
 
     /// Stores what is to be known of a user; his rows begin to move to where they are to lie.

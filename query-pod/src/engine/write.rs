@@ -50,6 +50,14 @@ pub enum WriteError {
         /// The limit.
         limit: u64,
     },
+    /// The buffers of all are full.
+    #[error("the unflushed rows of all users take {bytes} bytes, and at most {limit} are buffered")]
+    PodFull {
+        /// What is buffered.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// The data is another's now.
     #[error(transparent)]
     Disowned(#[from] Disowned),
@@ -344,6 +352,10 @@ impl Engine {
         let bytes = rows.iter().map(|row| (row.key.len() + row.value.len()) as u64).sum();
         let room = Room { instance, bytes };
         let incoming = instance.incoming.fetch_add(bytes, Ordering::AcqRel);
+        let (of_all, all_max) = (self.schedule.bytes(), self.limits.buffered_bytes_max);
+        if of_all > 0 && of_all + bytes > all_max {
+            return Err(WriteError::PodFull { bytes: of_all, limit: all_max });
+        }
         let (buffered, limit) = (self.buffer.counters(&instance.id)?.bytes, self.limits.instance_bytes_max);
         // One statement may always pass an empty buffer: its own size is bounded.
         if buffered + incoming == 0 || buffered + incoming + bytes <= limit {

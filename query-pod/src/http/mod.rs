@@ -225,8 +225,8 @@ async fn readyz(State(api): State<Arc<Api>>) -> Response {
 }
 
 async fn metrics(State(api): State<Arc<Api>>) -> Response {
-    let unshipped = api.sql.engine().unshipped_bytes();
-    api.metrics.unshipped_bytes.set(i64::try_from(unshipped).unwrap_or(i64::MAX));
+    let memory = api.sql.query_memory_bytes();
+    api.metrics.query_memory_bytes.set(i64::try_from(memory).unwrap_or(i64::MAX));
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], api.metrics.text())
         .into_response()
 }

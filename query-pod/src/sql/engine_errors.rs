@@ -16,6 +16,9 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
             "BUFFER_FULL",
             format!("the unflushed rows of this table take {bytes} bytes, and at most {limit} are buffered; try again"),
         ),
+        error @ WriteError::PodFull { .. } => {
+            ApiError::unavailable("BUFFER_FULL", format!("{error}; nothing was written, try again"))
+        }
         WriteError::Disowned(_) => not_owner(),
         WriteError::Rebuilding(error) => rebuilding(&error),
         error @ WriteError::Held => {

@@ -24,6 +24,7 @@ mod session;
 mod sum;
 mod system_tables;
 mod unfolding;
+mod users;
 mod weight;
 mod wildcard;
 mod workers;
@@ -150,6 +151,12 @@ impl Sql {
         &self.engine
     }
 
+    /// Memory that running queries have taken.
+    #[must_use]
+    pub fn query_memory_bytes(&self) -> usize {
+        self.sessions.memory_taken()
+    }
+
     /// Runs one statement.
     ///
     /// # Errors
@@ -167,6 +174,9 @@ impl Sql {
         match parse::parse(request.sql)? {
             Statement::Query(query) => Box::pin(self.query(request, &snapshot, *query)).await,
             Statement::Insert(insert) => Box::pin(self.insert(request, &snapshot, *insert)).await,
+            Statement::Update(update) if is_system_users(&update.table, request) => {
+                Box::pin(self.update_user(request, &snapshot, *update)).await
+            }
             Statement::Update(update) => Box::pin(self.update(request, &snapshot, *update)).await,
             Statement::Delete(delete) => Box::pin(self.delete(request, &snapshot, *delete)).await,
             Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
@@ -255,6 +265,11 @@ impl Sql {
         let name = target.qualified(request.namespace)?;
         snapshot.table(&name).ok_or_else(|| session::no_such_table(snapshot, &name.to_string()))
     }
+}
+
+fn is_system_users(table: &parse::TableRef, request: &Request<'_>) -> bool {
+    let name = table.qualified(request.namespace);
+    name.is_ok_and(|name| name.namespace.as_str() == system_tables::NAME && name.table.as_str() == "users")
 }
 
 /// Instances of `table` that a command is about: the caller's own; for `dba` and `system`, everybody's.

@@ -288,6 +288,7 @@ mod tests {
         let limits = EngineLimits {
             instance_bytes_max: 1 << 20,
             disk_reserve_bytes: 0,
+            buffered_bytes_max: 1 << 30,
             garbage_after_secs: 0,
             orphans_after_secs: 0,
             flushes_max: 1,

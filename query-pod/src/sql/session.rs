@@ -93,6 +93,11 @@ impl Sessions {
         state
     }
 
+    /// What all queries have taken of their memory.
+    pub(super) fn memory_taken(&self) -> usize {
+        self.pool.reserved()
+    }
+
     /// What one query of `state` runs with: its share of the memory.
     pub(super) fn task(&self, state: &SessionState) -> Result<Arc<TaskContext>> {
         let pool = Arc::new(QueryPool::new(self.query_memory_bytes, Arc::clone(&self.pool)));

@@ -1,5 +1,5 @@
-//! `system.jobs`: what the pod does, for those who run it. Errors in it may quote paths with user ids, so only `dba` and
-//! `system` may look.
+//! `system.jobs`, what the pod does, and `system.users`, which users have storages of their own: for those who run it. Only
+//! `dba` and `system` may look; errors of jobs may quote paths with user ids.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use datafusion::catalog::TableProvider;
 use datafusion::datasource::MemTable;
 use datafusion::error::{DataFusionError, Result};
 use kalamdb_model::Role;
+use kalamdb_table_store::users::{StorageMode, User};
 
 use super::session::Visible;
 use crate::engine::Job;
@@ -18,12 +19,20 @@ pub(super) const NAME: &str = "system";
 
 /// The table called `name`, or `None`.
 pub(super) fn table(visible: &Visible, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
-    if name != "jobs" {
-        return Ok(None);
-    }
-    let role = visible.identity.role;
-    check_role(role, "reading `system.jobs`").map_err(|error| DataFusionError::External(Box::new(error)))?;
-    let batch = jobs(&visible.engine.jobs().all())?;
+    let refused = |error: ApiError| DataFusionError::External(Box::new(error));
+    let check = || check_role(visible.identity.role, &format!("reading `system.{name}`")).map_err(refused);
+    let batch = match name {
+        "jobs" => {
+            check()?;
+            jobs(&visible.engine.jobs().all())?
+        }
+        "users" => {
+            check()?;
+            let unknown = || refused(ApiError::unavailable("STORAGE_UNAVAILABLE", "the log of users was not read yet"));
+            users(&visible.engine.users().ok_or_else(unknown)?)?
+        }
+        _ => return Ok(None),
+    };
     Ok(Some(Arc::new(MemTable::try_new(batch.schema(), vec![vec![batch]])?)))
 }
 
@@ -33,6 +42,20 @@ pub(super) fn check_role(role: Role, what: &str) -> std::result::Result<(), ApiE
         return Ok(());
     }
     Err(ApiError::new(Kind::Forbidden, "PERMISSION_DENIED", format!("{what} needs the role `dba`; you have `{role}`")))
+}
+
+fn users(users: &[User]) -> Result<RecordBatch> {
+    let names = users.iter().map(|user| user.id.to_string());
+    let modes = users.iter().map(|user| match user.storage_mode {
+        StorageMode::Table => "table",
+        StorageMode::Region => "region",
+    });
+    let storages: StringArray = users.iter().map(|user| user.storage_id.as_ref().map(ToString::to_string)).collect();
+    Ok(RecordBatch::try_from_iter_with_nullable([
+        ("username", Arc::new(StringArray::from_iter_values(names)) as ArrayRef, false),
+        ("storage_mode", Arc::new(StringArray::from_iter_values(modes)) as ArrayRef, false),
+        ("storage_id", Arc::new(storages) as ArrayRef, true),
+    ])?)
 }
 
 fn jobs(jobs: &[Job]) -> Result<RecordBatch> {

@@ -130,6 +130,7 @@ impl Ours {
         let limits = EngineLimits {
             instance_bytes_max: 64 << 20,
             disk_reserve_bytes: 0,
+            buffered_bytes_max: 1 << 30,
             flushes_max: 4,
             garbage_after_secs: 0,
             orphans_after_secs: 0,

@@ -17,7 +17,7 @@ use rand::{Rng as _, SeedableRng as _};
 use serde_json::json;
 
 use crate::world::{PATIENCE, World, contents, insert, message, user};
-use crate::{BINARY, rows};
+use crate::{BINARY, refusal, rows};
 
 /// A table in the storage `home`, whose users may have others, and two of these.
 fn manifests() -> String {
@@ -324,15 +324,66 @@ async fn wandering_users_lose_and_double_nothing_over_failing_stores() -> anyhow
     Ok(())
 }
 
+/// [`manifests`] with folders of the test's own.
+fn in_folders(folders: &std::path::Path) -> String {
+    STORAGES.iter().fold(manifests(), |text, name| {
+        text.replace(&format!("path: /{name}}}"), &format!("path: {}}}", folders.join(name).display()))
+    })
+}
+
+#[tokio::test]
+async fn a_user_gets_his_storage_by_sql() -> anyhow::Result<()> {
+    let folders = tempfile::tempdir()?;
+    let home = Home::new(BINARY, &in_folders(folders.path()))?;
+    let pod = home.start().await?;
+    let of_alice = |storage: &str| files_below(&folders.path().join(storage).join("users/alice"));
+    pod.run("alice", "INSERT INTO app.messages (id, body) VALUES (1, 'a')", json!([])).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+    ensure!(of_alice("home")?.len() == 2);
+    let as_dba = async |sql: &str, params: serde_json::Value| pod.sql_as("root", "dba", sql, params).await;
+    let region = "UPDATE system.users SET storage_mode = 'region', storage_id = $1 WHERE username = 'alice'";
+    #[rustfmt::skip]
+    let refusals = [
+        ("UPDATE system.users SET storage_mode = 'region' WHERE username = 'alice'", json!([]), 400, "INVALID_VALUE"),
+        ("UPDATE system.users SET storage_mode = 'eu' WHERE username = 'alice'", json!([]), 400, "INVALID_VALUE"),
+        ("UPDATE system.users SET role = 'dba' WHERE username = 'alice'", json!([]), 400, "INVALID_SQL"),
+        ("UPDATE system.users SET storage_id = 'eu'", json!([]), 400, "UNSUPPORTED_STATEMENT"),
+        ("UPDATE system.users SET storage_id = 'eu' WHERE username <> 'alice'", json!([]), 400, "UNSUPPORTED_STATEMENT"),
+        ("UPDATE system.users SET storage_id = storage_mode WHERE username = 'alice'", json!([]), 400, "UNSUPPORTED_STATEMENT"),
+        ("UPDATE system.users SET storage_id = 'eu' WHERE username = '..'", json!([]), 400, "INVALID_VALUE"),
+        (region, json!(["nowhere"]), 404, "STORAGE_NOT_FOUND"),
+        (region, json!(["No Name"]), 400, "INVALID_VALUE"),
+        (region, json!([]), 400, "INVALID_PARAMETER"),
+    ];
+    for (sql, params, status, code) in refusals {
+        refusal(sql, &as_dba(sql, params).await?, status, code)?;
+    }
+    for role in ["user", "service"] {
+        refusal(region, &pod.sql_as("alice", role, region, json!(["eu"])).await?, 403, "PERMISSION_DENIED")?;
+        let answer = pod.sql_as("alice", role, "SELECT * FROM system.users", json!([])).await?;
+        refusal("SELECT", &answer, 403, "PERMISSION_DENIED")?;
+    }
+    ensure!(as_dba(region, json!(["eu"])).await?.body["results"][0]["row_count"] == 1);
+    eventually("her files are in her storage", async || Ok(of_alice("eu")?.len() == 2)).await?;
+    let shown = as_dba("SELECT username, storage_mode, storage_id FROM system.users", json!([])).await?;
+    ensure!(json!(shown.rows()?) == json!([["alice", "region", "eu"]]), "{}", shown.text);
+    let back = "UPDATE system.users SET storage_mode = 'table', storage_id = NULL WHERE 'alice' = username";
+    ensure!(as_dba(back, json!([])).await?.status == 200);
+    let moved = "SELECT users, rows, state FROM system.jobs WHERE kind = 'storage_move'";
+    eventually("she has moved twice", async || {
+        Ok(json!(as_dba(moved, json!([])).await?.rows()?) == json!([["1", "2", "done"]]))
+    })
+    .await?;
+    ensure!(rows(&pod, "alice", "SELECT * FROM app.messages", json!([])).await? == json!([["1", "a"]]));
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_pod_killed_between_any_two_steps_of_a_move_loses_doubles_and_leaves_behind_nothing() -> anyhow::Result<()> {
     for point in MOVE_POINTS {
         let folders = tempfile::tempdir()?;
         let folder = |name: &str| folders.path().join(name);
-        let manifests = STORAGES.iter().fold(manifests(), |text, name| {
-            text.replace(&format!("path: /{name}}}"), &format!("path: {}}}", folder(name).display()))
-        });
-        let mut home = Home::new(BINARY, &manifests)?;
+        let mut home = Home::new(BINARY, &in_folders(folders.path()))?;
         home.flags = ["--garbage-after-secs", "0"].map(str::to_owned).to_vec();
         let pod = home.start().await?;
         for name in ["alice", "bob"] {

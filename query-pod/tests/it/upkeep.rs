@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use kalamdb_query_pod::engine::{Engine, JobKind, JobState};
+use kalamdb_model::Owner;
+use kalamdb_query_pod::engine::{Engine, JobKind, JobState, WriteError};
 use kalamdb_table_store::paths;
 use kalamdb_test_support::fault_store::Rates;
 use kalamdb_test_support::pod::{Home, MANIFESTS, eventually};
@@ -140,6 +141,42 @@ async fn files_that_nobody_names_are_removed_and_no_others() -> anyhow::Result<(
         ensure!(world.truth.head(&file.path.as_str().into()).await.is_ok(), "{} is gone", file.path);
     }
     ensure!(contents(&world, &engine, &table, &owner).await?.len() == 3 && engine.collect_orphans().await? == 0);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_all_buffers_together_are_full_the_largest_go_first() -> anyhow::Result<()> {
+    let mut world = World::new(1, Rates::default())?;
+    world.buffered_bytes_max = 400_000;
+    let (engine, table) = world.open()?;
+    let put = async |owner: &Owner, id: i64, bytes: usize| {
+        let row = message(&table, id, &"x".repeat(bytes));
+        engine.write(&table, owner).await?.insert(vec![row]).await
+    };
+    let (small, large) = (user("small")?, user("large")?);
+    for id in 0..4 {
+        put(&small, id, 5_000).await?;
+    }
+    for id in 0..20 {
+        put(&large, id, 10_000).await?;
+    }
+    eventually("the larger one is flushed", async || Ok(engine.buffered().1 == 1)).await?;
+    ensure!(engine.read(&table, &small, vec![0], None).await?.view.manifest.files.is_empty(), "the small one stays");
+    ensure!(engine.read(&table, &large, vec![0], None).await?.view.manifest.files.len() == 1);
+    // While no storage takes anything, writes are refused beyond the limit, and nothing of them is there.
+    world.faults.set_down(true);
+    let mut written = 0;
+    let refused = loop {
+        match put(&large, 100 + written, 10_000).await {
+            Ok(_) => written += 1,
+            Err(error) => break error,
+        }
+    };
+    ensure!(matches!(refused, WriteError::PodFull { limit: 400_000, .. }) && written < 40, "{refused:?}, {written}");
+    world.faults.set_down(false);
+    eventually("there is room again", async || Ok(put(&large, 100 + written, 10_000).await.is_ok())).await?;
+    ensure!(contents(&world, &engine, &table, &large).await?.len() == 21 + usize::try_from(written)?);
     engine.close(Duration::from_secs(5)).await;
     Ok(())
 }

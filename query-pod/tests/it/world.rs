@@ -29,6 +29,7 @@ pub struct World {
     pub faults: FaultStore,
     /// Storages of file systems with these paths have stores of their own, in folders of `truth`.
     regions: [(&'static str, FaultStore); 3],
+    pub buffered_bytes_max: u64,
     /// The folder is new, and its instance is not.
     lost: bool,
 }
@@ -42,7 +43,7 @@ impl World {
             (name, FaultStore::seeded(own, seed, rates))
         };
         let regions = ["home", "eu", "us"].map(region);
-        Ok(Self { dir: tempfile::tempdir()?, truth, faults, regions, lost: false })
+        Ok(Self { dir: tempfile::tempdir()?, truth, faults, regions, buffered_bytes_max: 1 << 30, lost: false })
     }
 
     /// Whether every call to a region fails.
@@ -99,6 +100,7 @@ impl World {
         let limits = EngineLimits {
             instance_bytes_max: 64 << 20,
             disk_reserve_bytes: 0,
+            buffered_bytes_max: self.buffered_bytes_max,
             flushes_max: 4,
             garbage_after_secs: 0,
             orphans_after_secs: 0,
