@@ -145,6 +145,8 @@ pub struct Applied {
     pub rows: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// Bytes of rows in frozen generations, which are not in files yet.
+    pub frozen_bytes: u64,
     /// `_updated` of the first of them, microseconds since 1970 UTC; 0 without rows.
     pub oldest_us: i64,
 }

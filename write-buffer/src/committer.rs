@@ -336,7 +336,8 @@ impl<'a> Round<'a> {
                 state.last_seq = work.seq;
                 state.used_seq = work.seq;
                 let Filling { rows, bytes, oldest_us, .. } = state.active_filling();
-                applied.push(Applied { instance: instance.clone(), rows, bytes, oldest_us });
+                let frozen_bytes = state.frozen_bytes();
+                applied.push(Applied { instance: instance.clone(), rows, bytes, frozen_bytes, oldest_us });
             });
         }
         applied

@@ -22,6 +22,8 @@ pub struct Counters {
     pub rows: u64,
     /// Bytes of their keys and values.
     pub bytes: u64,
+    /// Those of frozen generations, which are not in files yet.
+    pub frozen_bytes: u64,
     /// `_updated` of the first row of the active generation; 0 without rows.
     pub oldest_us: i64,
 }
@@ -104,7 +106,13 @@ impl State {
 
     pub(crate) fn counters(&self) -> Counters {
         let Filling { rows, bytes, oldest_us, .. } = self.active_filling();
-        Counters { flushed: self.flushed, active: self.active, last_seq: self.last_seq, rows, bytes, oldest_us }
+        let (flushed, active, last_seq) = (self.flushed, self.active, self.last_seq);
+        Counters { flushed, active, last_seq, rows, bytes, frozen_bytes: self.frozen_bytes(), oldest_us }
+    }
+
+    /// Bytes of rows in frozen generations.
+    pub(crate) fn frozen_bytes(&self) -> u64 {
+        self.fillings.iter().filter(|filling| filling.generation < self.active).map(|filling| filling.bytes).sum()
     }
 
     /// Generations up to `flushed` are in files now.

@@ -258,7 +258,9 @@ impl Engine {
         let id = &instance.id;
         self.open_soon(&RootKey::of(&to)).await?;
         self.open_soon(&instance.root(table)).await?;
-        self.flush(id).await?;
+        let flushed = self.flush(id).await;
+        self.schedule.done(self, id, flushed.is_ok());
+        flushed?;
         let mut copies = self.moves.take_copies(id, &to);
         let outcome = self.copy_and_switch(table, instance, &to, &mut copies, job).await;
         if let Err(error) = outcome {
@@ -297,7 +299,9 @@ impl Engine {
         let _no_flush = flushes.map_err(|_| FlushError::Waiting)?;
         let writes = tokio::time::timeout(WAIT, Arc::clone(&instance.writes).write_owned()).await;
         let _no_write = writes.map_err(|_| FlushError::Waiting)?;
-        self.flush_held(id, instance).await?;
+        let flushed = self.flush_held(id, instance).await;
+        self.schedule.done(self, id, flushed.is_ok());
+        flushed?;
         let view = Arc::clone(&instance.current.read().view);
         self.copy_files(table, id, &view, to, copies, job).await?;
         if job.cancel.is_cancelled() {
@@ -319,17 +323,13 @@ impl Engine {
     }
 
     /// Opens the stream of `root`, if that does not take long: a storage that is down must not hold up the moves of others.
-    async fn open_soon(self: &Arc<Self>, root: &RootKey) -> Result<(), FlushError> {
+    pub(super) async fn open_soon(self: &Arc<Self>, root: &RootKey) -> Result<(), FlushError> {
         Ok(tokio::time::timeout(WAIT, self.open_stream(root)).await.map_err(|_| FlushError::Waiting)??)
     }
 
-    /// After a statement on an instance that was new before: its place may have changed while the statement was under way.
-    pub(super) fn look_at_new(&self, table: &TableEntry, instance: &Instance) {
-        if !table.use_user_storage || instance.current.read().view.flushed.0 > 0 {
-            return;
-        }
-        let wanted = self.wanted_place(&self.catalog.current(), table, &instance.id.owner);
-        if wanted.is_ok_and(|wanted| wanted.storage != instance.root(table).storage) {
+    /// After a statement: if its instance was new, its place may have changed while the statement was under way.
+    pub(super) fn look_at_place(&self, table: &TableEntry, instance: &Instance) {
+        if table.use_user_storage && !self.is_in_its_storage(table, instance) {
             self.moves.look_again(instance.id.clone());
         }
     }

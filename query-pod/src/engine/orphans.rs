@@ -5,23 +5,26 @@
 //! since this data folder uses the storage (what was there before is another's); and if, while nothing of its instance is
 //! being flushed, compacted or moved, neither the manifest nor a note of garbage names it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
 use kalamdb_model::{InstanceId, Location, TableEntry, TableKind};
-use kalamdb_table_store::paths;
+use kalamdb_table_store::{Manifest, paths};
 use kalamdb_write_buffer::ReadError;
 use object_store::path::Path;
 
 use super::jobs::JobKind;
+use super::ship::root_of;
 use super::{Engine, RootKey, now_us};
 use crate::catalog::Snapshot;
 use crate::error::Chain;
 
 /// How often storages are listed, at most.
 const INTERVAL_MIN: Duration = Duration::from_secs(3_600);
+/// How long a storage may take to let us prove that it is ours.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Since when a storage is used, microseconds since 1970.
 const SINCE: &str = "since/";
 
@@ -30,17 +33,17 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 /// The tables that may have files in a root, by the folders that come after the user's.
 struct Places {
     /// What comes before the user, then what comes after him.
-    tables: BTreeMap<String, HashMap<String, (Location, Arc<TableEntry>)>>,
+    tables: BTreeMap<String, HashMap<String, Vec<(Location, Arc<TableEntry>)>>>,
 }
 
 impl Places {
     fn of(catalog: &Snapshot, root: &RootKey) -> Self {
-        let mut tables: BTreeMap<String, HashMap<String, _>> = BTreeMap::new();
+        let mut tables: BTreeMap<String, HashMap<String, Vec<_>>> = BTreeMap::new();
         let all = catalog.catalog.tables.values().chain(catalog.catalog.retained.values());
         for table in all.filter_map(|table| catalog.table_by_id(table.id)) {
             let own = (RootKey::of(&table.location) == *root).then(|| table.location.clone());
             // Users may have had this storage as their own.
-            let of_users = (own.is_none() && table.kind == TableKind::User)
+            let of_users = (own.is_none() && table.kind == TableKind::User && table.had_user_storage)
                 .then(|| catalog.catalog.place_in(&root.storage, table))
                 .flatten()
                 .map(|location| Location { root: root.root, ..location });
@@ -49,30 +52,33 @@ impl Places {
                     Some((before, after)) => (before.to_owned(), after.to_owned()),
                     None => (location.template.clone(), String::new()),
                 };
-                tables.entry(before).or_default().insert(after, (location, Arc::clone(table)));
+                let folder = tables.entry(before).or_default().entry(after).or_default();
+                folder.push((location, Arc::clone(table)));
             }
         }
         Self { tables }
     }
 
-    /// Whose file lies at `path`.
+    /// Whose file lies at `path`, if it can be but one's.
     fn instance(&self, before: &str, path: &Path) -> Option<(InstanceId, &Arc<TableEntry>)> {
         let (folder, _) = path.as_ref().rsplit_once('/')?;
         let afters = self.tables.get(before)?;
         let prefix = Path::parse(folder).ok()?;
         let ends = folder.rmatch_indices('/').map(|(at, _)| &folder[at..]);
-        let candidates = std::iter::once("").chain(ends).filter_map(|after| afters.get(after));
-        candidates.into_iter().find_map(|(location, table)| {
+        let candidates = std::iter::once("").chain(ends).filter_map(|after| afters.get(after)).flatten();
+        let mut owners = candidates.filter_map(|(location, table)| {
             let owner = paths::owner_of_prefix(location, &prefix)?;
             Some((InstanceId { owner, table: table.id }, table))
-        })
+        });
+        owners.next().filter(|_| owners.next().is_none())
     }
 }
 
 impl Engine {
     /// Takes note of the first use of a root by this data folder, or by those that it goes on from.
     pub(super) fn note_since(&self, root: &RootKey, since_us: Option<i64>) -> Result<(), ReadError> {
-        let key = format!("{SINCE}{root}");
+        let identity = self.storages.identity(&self.catalog.current(), root).unwrap_or_default();
+        let key = format!("{SINCE}{root}/{identity}");
         match self.buffer.state_get(&key)? {
             Some(_) => Ok(()),
             None => self.buffer.state_put(&key, since_us.unwrap_or_else(now_us).to_string().as_bytes()),
@@ -86,10 +92,14 @@ impl Engine {
     pub async fn collect_orphans(self: &Arc<Self>) -> Result<u64, ReadError> {
         let mut removed = 0;
         for (key, since) in self.buffer.state_scan(SINCE)? {
-            let Some(root) = super::ship::root_of(key.trim_start_matches(SINCE)) else { continue };
+            let noted = key.trim_start_matches(SINCE).split_once('/');
+            let Some((root, identity)) = noted.and_then(|(root, identity)| Some((root_of(root)?, identity))) else {
+                continue;
+            };
             // What does not read removes nothing.
             let since_us = String::from_utf8_lossy(&since).parse().unwrap_or(i64::MAX);
-            if !self.is_rebuilt(&root) || self.storages.identity(&self.catalog.current(), &root).is_none() {
+            let found = self.storages.identity(&self.catalog.current(), &root);
+            if !self.is_rebuilt(&root) || found.as_deref() != Some(identity) {
                 continue;
             }
             match self.collect_in(&root, since_us).await {
@@ -102,13 +112,35 @@ impl Engine {
         Ok(removed)
     }
 
+    /// Every file of an instance that lies in `root`, whatever its place was called when it got there. Blocking.
+    fn named_in(&self, root: &RootKey) -> Result<HashSet<String>, Error> {
+        let catalog = self.catalog.current();
+        let mut named = HashSet::new();
+        for id in self.buffer.published()? {
+            // Of a table that is gone, too.
+            let manifest = match self.buffer.record(&id)? {
+                Some(record) if !record.manifest.is_empty() => Manifest::decode(&record.manifest)?,
+                _ => continue,
+            };
+            let of_table = catalog.table_by_id(id.table).map(|table| &table.location);
+            let location = manifest.placed.as_ref().map(|placed| &placed.location).or(of_table);
+            if location.is_none_or(|location| RootKey::of(location) == *root) {
+                named.extend(manifest.files.into_iter().map(|file| file.path));
+            }
+        }
+        Ok(named)
+    }
+
     async fn collect_in(self: &Arc<Self>, root: &RootKey, since_us: i64) -> Result<u64, Error> {
-        self.open_stream(root).await?;
+        let after_us = i64::try_from(self.limits.orphans_after_secs.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
+        // Before the proof: whatever another owner writes after it is younger.
+        let until_us = now_us().saturating_sub(after_us);
+        tokio::time::timeout(PATIENCE, self.prove_ownership(root)).await??;
+        let (reading, of) = (Arc::clone(self), root.clone());
+        let named = tokio::task::spawn_blocking(move || reading.named_in(&of)).await??;
         let catalog = self.catalog.current();
         let places = Places::of(&catalog, root);
         let store = self.storages.store(&catalog, root)?;
-        let after_us = i64::try_from(self.limits.orphans_after_secs.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
-        let until_us = now_us().saturating_sub(after_us);
         let mut removed = 0;
         for before in places.tables.keys() {
             let mut listing = store.list(Some(&Path::parse(before.trim_end_matches('/'))?));
@@ -120,7 +152,7 @@ impl Engine {
                 let stored_us = found.last_modified.timestamp_micros();
                 let made_us = paths::data_file_made_us(&found.location).or(is_outside.then_some(stored_us));
                 let made_us = made_us.filter(|made| (since_us..=until_us).contains(made));
-                if made_us.is_none() || stored_us > until_us {
+                if made_us.is_none() || stored_us > until_us || named.contains(found.location.as_ref()) {
                     continue;
                 }
                 let Some((id, table)) = places.instance(before, &found.location) else { continue };

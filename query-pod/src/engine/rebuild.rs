@@ -322,6 +322,12 @@ fn bring(views: &mut HashMap<InstanceId, View>, edit: &Edit) {
     let view = views
         .entry(edit.instance.clone())
         .or_insert_with(|| View { flushed: Generation(0), manifest: Manifest::default() });
+    // What `begun` has supposed may be another template: storages change theirs.
+    if let Some(placed) = &edit.placed
+        && placed.moves == view.manifest.moves()
+    {
+        view.manifest.placed = Some(placed.clone());
+    }
     if !is_published(view, edit) {
         view.manifest = manifest::apply(&view.manifest, edit);
         view.flushed = view.flushed.max(edit.generation);

@@ -25,6 +25,8 @@ pub(super) struct Schedule {
     dirty: Mutex<HashMap<InstanceId, Dirty>>,
     /// Of all of them.
     bytes: AtomicU64,
+    /// Of those whose table is in no catalog any more.
+    gone_bytes: AtomicU64,
     wake: Notify,
 }
 
@@ -62,9 +64,7 @@ impl Schedule {
         for round in applied {
             let entry = dirty.entry(round.instance.clone()).or_insert_with(Dirty::new);
             (entry.rows, entry.oldest_us) = (round.rows, round.oldest_us);
-            // Fewer than before: the others were frozen.
-            let frozen = if round.bytes < entry.bytes { entry.bytes } else { 0 };
-            self.count(entry, round.bytes, entry.frozen_bytes + frozen);
+            self.count(entry, round.bytes, round.frozen_bytes);
         }
     }
 
@@ -75,9 +75,9 @@ impl Schedule {
         (entry.bytes, entry.frozen_bytes) = (bytes, frozen_bytes);
     }
 
-    /// Bytes of all unflushed rows.
+    /// Bytes of all unflushed rows, but those of tables that are gone: nothing flushes these.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Acquire)
+        self.bytes.load(Ordering::Acquire).saturating_sub(self.gone_bytes.load(Ordering::Acquire))
     }
 
     /// Instances that have any.
@@ -90,7 +90,7 @@ impl Schedule {
         let mut entry = Dirty::new();
         (entry.rows, entry.oldest_us) = (counters.rows, counters.oldest_us);
         entry.urgent = counters.has_frozen();
-        self.count(&mut entry, counters.bytes, 0);
+        self.count(&mut entry, counters.bytes, counters.frozen_bytes);
         self.dirty.lock().insert(id.clone(), entry);
     }
 
@@ -124,12 +124,16 @@ impl Schedule {
                 due.push(id.clone());
             }
         }
-        // What is on its way into files makes room without further ado.
-        let going: u64 = dirty.values().filter(|entry| entry.flushing).map(|it| it.bytes + it.frozen_bytes).sum();
+        let sum = |of: &dyn Fn(&InstanceId, &Dirty) -> bool| -> u64 {
+            dirty.iter().filter(|(id, entry)| of(id, entry)).map(|(_, it)| it.bytes + it.frozen_bytes).sum()
+        };
+        self.gone_bytes.store(sum(&|id, _| snapshot.table_by_id(id.table).is_none()), Ordering::Release);
+        // What is on its way into files makes room without further ado, and what has to wait for its storage makes none.
+        let waits = |entry: &Dirty| entry.flushing || entry.not_before.is_some_and(|time| now < time);
+        let going = sum(&|id, entry| snapshot.table_by_id(id.table).is_some() && waits(entry));
         let mut too_much = self.bytes().saturating_sub(going).saturating_sub(engine.limits.buffered_bytes_max / 2);
         if too_much > 0 {
-            let may = |entry: &Dirty| !entry.flushing && entry.not_before.is_none_or(|time| time <= now);
-            let mut others: Vec<_> = dirty.iter_mut().filter(|(_, entry)| may(entry)).collect();
+            let mut others: Vec<_> = dirty.iter_mut().filter(|(_, entry)| !waits(entry)).collect();
             others.sort_unstable_by_key(|(_, entry)| std::cmp::Reverse(entry.bytes));
             for (id, entry) in others {
                 if too_much == 0 || snapshot.table_by_id(id.table).is_none() {
@@ -145,7 +149,7 @@ impl Schedule {
 
     /// Takes note of the end of a flush. What is left is read under the schedule's lock: rows that came meanwhile are
     /// seen here, or by [`Schedule::applied`] after us.
-    fn done(&self, engine: &Engine, id: &InstanceId, succeeded: bool) {
+    pub(super) fn done(&self, engine: &Engine, id: &InstanceId, succeeded: bool) {
         let mut dirty = self.dirty.lock();
         let Some(entry) = dirty.get_mut(id) else { return };
         entry.flushing = false;
@@ -155,7 +159,7 @@ impl Schedule {
                 dirty.remove(id);
             }
             Some(counters) => {
-                self.count(entry, counters.bytes, 0);
+                self.count(entry, counters.bytes, counters.frozen_bytes);
                 (entry.rows, entry.oldest_us) = (counters.rows, counters.oldest_us);
                 entry.urgent = counters.has_frozen();
                 entry.backoff = Backoff::default();

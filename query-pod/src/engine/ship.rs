@@ -103,6 +103,8 @@ const LAST_WAIT: Duration = Duration::from_secs(5);
 /// What a round is asked to bring. Without either it only asks that the stream be open.
 #[derive(Default)]
 struct Asked {
+    /// Whether an object has to be stored in any case: then we are not fenced.
+    proof: bool,
     edit: Option<Edit>,
     rows: Option<(InstanceId, Vec<EncodedRow>)>,
 }
@@ -376,6 +378,11 @@ impl Engine {
         self.request(root, Asked::default()).await
     }
 
+    /// Makes sure that the data of `root` is ours still: an idle process does not hear of it when it is fenced.
+    pub(super) async fn prove_ownership(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
+        self.request(root, Asked { proof: true, ..Asked::default() }).await
+    }
+
     /// Commits `edit` in the stream of `root` and publishes it.
     pub(super) async fn ship(self: &Arc<Self>, root: &RootKey, edit: Edit) -> Result<(), ShipError> {
         self.request(root, Asked { edit: Some(edit), ..Asked::default() }).await
@@ -578,7 +585,9 @@ async fn round(
     let root = &place.root;
     let mut round = Round::default();
     let (mut waiting, mut statements, mut last_seqs) = (Vec::new(), Vec::new(), HashMap::new());
-    for Request { asked: Asked { edit, rows }, done } in requests {
+    let mut proof = false;
+    for Request { asked: Asked { proof: wanted, edit, rows }, done } in requests {
+        proof |= wanted;
         round.edits.extend(edit);
         let Some((instance, mut rows)) = rows else {
             waiting.push(done);
@@ -597,7 +606,7 @@ async fn round(
     let taken = unshipped.take(ROUND_BYTES_MAX);
     round.rows.extend(taken);
     let (edits, bytes) = (round.edits.clone(), round.rows.iter().map(bytes_of).sum());
-    let nothing = round == Round::default();
+    let nothing = round == Round::default() && !proof;
     let appended = if nothing { Ok(()) } else { append(engine, place, stream, Arc::new(round)).await };
     if let Err(error) = appended {
         unshipped.note_loss();

@@ -6,14 +6,15 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kalamdb_model::{Location, Owner, TableEntry, TableKind, UserId};
-use kalamdb_table_store::users::{User, Users, UsersError};
+use kalamdb_model::{Location, Owner, StorageName, TableEntry, TableKind, TableName, UserId};
+use kalamdb_table_store::users::{StorageMode, User, Users, UsersError};
 use kalamdb_write_buffer::{ReadError, WriteBuffer};
 use object_store::ObjectStore;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
 use super::Engine;
+use super::instance::Instance;
 use super::ship::Backoff;
 use crate::catalog::Snapshot;
 use crate::error::Chain;
@@ -44,14 +45,14 @@ pub enum PlaceError {
     Unknown,
     /// He has a storage that is not declared.
     #[error("the user's storage `{0}` is not declared")]
-    NoStorage(kalamdb_model::StorageName),
+    NoStorage(StorageName),
     /// Other files lie there.
     #[error("in the user's storage `{storage}`, the rows would lie where those of `{other}` lie")]
     Taken {
         /// The storage.
-        storage: kalamdb_model::StorageName,
+        storage: StorageName,
         /// Whose files.
-        other: kalamdb_model::TableName,
+        other: TableName,
     },
 }
 
@@ -60,7 +61,10 @@ pub enum PlaceError {
 pub enum UserError {
     /// The storage is not there.
     #[error("storage `{0}` is not declared")]
-    NoStorage(kalamdb_model::StorageName),
+    NoStorage(StorageName),
+    /// He is to have a storage, and it is not said which.
+    #[error("storage_mode = 'region' needs a storage_id")]
+    NoId,
     /// The log of users is not there yet.
     #[error("the home store is not known yet")]
     NoHome,
@@ -145,36 +149,52 @@ impl Engine {
         });
     }
 
-    /// What is known of a user.
-    #[must_use]
-    pub fn user(&self, id: &UserId) -> Option<User> {
-        self.users.known.read().as_ref()?.users.get(id).cloned()
-    }
-
     /// All of whom something is known; `None` while the log was not read yet.
     #[must_use]
     pub fn users(&self) -> Option<Vec<User>> {
         self.users.known.read().as_ref().map(|users| users.users.values().cloned().collect())
     }
 
-    /// Stores what is to be known of a user; his rows begin to move to where they are to lie.
+    /// Changes what the log says now of a user, `None` leaving it; his rows begin to move to where they are to lie.
     ///
     /// # Errors
     /// See [`UserError`].
-    pub async fn put_user(self: &Arc<Self>, user: User) -> Result<(), UserError> {
+    pub async fn change_user(
+        self: &Arc<Self>,
+        id: UserId,
+        storage_mode: Option<StorageMode>,
+        storage_id: Option<Option<StorageName>>,
+    ) -> Result<(), UserError> {
         let home = self.users.home.get().ok_or(UserError::NoHome)?;
-        if let Some(storage) = &user.storage_id
+        if let Some(Some(storage)) = &storage_id
             && !self.catalog.current().catalog.storages.contains_key(storage)
         {
             return Err(UserError::NoStorage(storage.clone()));
         }
         let _one_at_a_time = self.users.changing.lock().await;
         let mut users = self.users.known.read().clone().unwrap_or_default();
-        let id = user.id.clone();
+        users.follow(home.as_ref()).await?;
+        let before = users.users.get(&id);
+        let user = User {
+            id: id.clone(),
+            storage_mode: storage_mode.or(before.map(|user| user.storage_mode)).unwrap_or_default(),
+            storage_id: storage_id.unwrap_or_else(|| before.and_then(|user| user.storage_id.clone())),
+        };
+        if user.storage_mode == StorageMode::Region && user.storage_id.is_none() {
+            return Err(UserError::NoId);
+        }
         users.put(home.as_ref(), user).await?;
         self.users.keep(users)?;
         self.moves.look_at_user(&self.catalog.current(), &id);
         Ok(())
+    }
+
+    /// Whether an instance is in the storage that its user has, as far as is known. In haste: the place there is not asked.
+    pub(super) fn is_in_its_storage(&self, table: &TableEntry, instance: &Instance) -> bool {
+        let Owner::User(user) = &instance.id.owner else { return true };
+        let known = self.users.known.read();
+        let Some(user) = known.as_ref().and_then(|users| users.users.get(user)) else { return true };
+        *user.region().unwrap_or(&table.location.storage) == instance.root(table).storage
     }
 
     /// Where `owner`'s rows of `table` are to lie. The one place that decides it.

@@ -319,7 +319,7 @@ impl Writing {
             }
         }
         engine.metrics.rows_written.inc_by(count);
-        engine.look_at_new(&self.table, &self.instance);
+        engine.look_at_place(&self.table, &self.instance);
         Ok(count)
     }
 }

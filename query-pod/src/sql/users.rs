@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{BinaryOperator, Expr, SetExpr, Statement};
 use kalamdb_model::{Column, ColumnId, ColumnType, SqlName, StorageName, UserId, Value};
-use kalamdb_table_store::users::{StorageMode, User};
+use kalamdb_table_store::users::StorageMode;
 
 use super::assign::Evaluate;
 use super::parse::QueryStatement;
@@ -52,23 +52,18 @@ impl Sql {
         })?;
         let id = text("username", named)?.unwrap_or_default();
         let id = UserId::new(id).map_err(|error| ApiError::invalid("INVALID_VALUE", format!("username: {error}")))?;
-        let before = self.engine().user(&id);
-        let mut user = before.unwrap_or(User { id, storage_mode: StorageMode::Table, storage_id: None });
+        let mut change = Change::default();
         for (column, to) in &update.set.columns {
             let SetTo::Constant(expr) = to else {
                 let message = format!("column `{column}` of `system.users` takes a literal or a parameter");
                 return Err(ApiError::invalid("UNSUPPORTED_STATEMENT", message));
             };
-            set(&mut user, column, text(column, expr)?)?;
+            change.set(column, text(column, expr)?)?;
         }
-        if user.storage_mode == StorageMode::Region && user.storage_id.is_none() {
-            let message = "storage_mode = 'region' needs a storage_id".to_owned();
-            return Err(ApiError::invalid("INVALID_VALUE", message));
-        }
-        let message = format!("changed user `{}`", user.id);
+        let message = format!("changed user `{id}`");
         let engine = Arc::clone(self.engine());
         // A client that hangs up does not cut it in half.
-        let putting = tokio::spawn(async move { engine.put_user(user).await });
+        let putting = tokio::spawn(async move { engine.change_user(id, change.mode, change.storage).await });
         putting.await.map_err(|error| ApiError::internal(&error))?.map_err(|error| refused(&error))?;
         Ok(Answer::affected(1, message))
     }
@@ -91,31 +86,42 @@ fn named(rows: &QueryStatement) -> Option<&Expr> {
     }
 }
 
-fn set(user: &mut User, column: &str, value: Option<String>) -> Result<(), ApiError> {
-    match column {
-        "storage_mode" => {
-            user.storage_mode = match value.as_deref() {
-                Some("table") => StorageMode::Table,
-                Some("region") => StorageMode::Region,
-                _ => return Err(ApiError::invalid("INVALID_VALUE", "storage_mode is 'table' or 'region'")),
-            };
+/// What SET says.
+#[derive(Default)]
+struct Change {
+    mode: Option<StorageMode>,
+    storage: Option<Option<StorageName>>,
+}
+
+impl Change {
+    fn set(&mut self, column: &str, value: Option<String>) -> Result<(), ApiError> {
+        match column {
+            "storage_mode" => {
+                self.mode = Some(match value.as_deref() {
+                    Some("table") => StorageMode::Table,
+                    Some("region") => StorageMode::Region,
+                    _ => return Err(ApiError::invalid("INVALID_VALUE", "storage_mode is 'table' or 'region'")),
+                });
+            }
+            "storage_id" => {
+                let storage = value.map(StorageName::new).transpose();
+                let storage =
+                    storage.map_err(|error| ApiError::invalid("INVALID_VALUE", format!("storage_id: {error}")))?;
+                self.storage = Some(storage);
+            }
+            other => {
+                let message = format!("`system.users` lets storage_mode and storage_id be set, not `{other}`");
+                return Err(ApiError::invalid("INVALID_SQL", message));
+            }
         }
-        "storage_id" => {
-            let storage = value.map(StorageName::new).transpose();
-            user.storage_id =
-                storage.map_err(|error| ApiError::invalid("INVALID_VALUE", format!("storage_id: {error}")))?;
-        }
-        other => {
-            let message = format!("`system.users` lets storage_mode and storage_id be set, not `{other}`");
-            return Err(ApiError::invalid("INVALID_SQL", message));
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn refused(error: &UserError) -> ApiError {
     match error {
         UserError::NoStorage(_) => ApiError::new(Kind::NotFound, "STORAGE_NOT_FOUND", error.to_string()),
+        UserError::NoId => ApiError::invalid("INVALID_VALUE", error.to_string()),
         UserError::NoHome | UserError::Log(_) | UserError::Buffer(_) => {
             tracing::warn!(error = %Chain(error), "a user was not changed");
             let message = "the log of users does not answer; look before you send the statement again";

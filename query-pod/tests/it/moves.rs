@@ -60,7 +60,7 @@ async fn send(engine: &Arc<Engine>, name: &str, storage: Option<&str>) -> anyhow
         Some(storage) => (StorageMode::Region, Some(StorageName::new(storage)?)),
         None => (StorageMode::Table, None),
     };
-    Ok(engine.put_user(User { id: UserId::new(name)?, storage_mode, storage_id }).await?)
+    Ok(engine.change_user(UserId::new(name)?, Some(storage_mode), Some(storage_id)).await?)
 }
 
 /// Where a reader of `owner`'s rows goes.
@@ -191,16 +191,7 @@ async fn a_storage_that_is_down_holds_up_the_move_and_not_the_user() -> anyhow::
     world.set_down("eu", false);
     arrives(&engine, &table, &alice, "eu").await?;
     ensure!(contents(&world, &engine, &table, &alice).await?.len() == 4);
-    ensure!(
-        engine
-            .put_user(User {
-                id: UserId::new("x")?,
-                storage_mode: StorageMode::Region,
-                storage_id: Some(StorageName::new("nowhere")?)
-            })
-            .await
-            .is_err()
-    );
+    ensure!(send(&engine, "x", Some("nowhere")).await.is_err());
     engine.close(Duration::from_secs(5)).await;
     Ok(())
 }
