@@ -33,8 +33,11 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 /// The tables that may have files in a root, by the folders that come after the user's.
 struct Places {
     /// What comes before the user, then what comes after him.
-    tables: BTreeMap<String, HashMap<String, Vec<(Location, Arc<TableEntry>)>>>,
+    tables: BTreeMap<String, HashMap<String, Vec<Place>>>,
 }
+
+/// Where a table may have files.
+type Place = (Location, Arc<TableEntry>);
 
 impl Places {
     fn of(catalog: &Snapshot, root: &RootKey) -> Self {
