@@ -186,16 +186,21 @@ pub(super) async fn run(engine: Arc<Engine>) {
             }
             let (of, slots) = (Arc::clone(&engine), Arc::clone(&slots));
             engine.spawn(async move {
-                let _slot = slots.acquire().await;
+                let slot = slots.acquire().await;
                 let outcome = if of.stop.is_cancelled() { Ok(()) } else { of.move_to_its_place(&id).await };
-                of.moves.at_work.lock().remove(&id);
-                if let Err(error) = outcome {
-                    tracing::warn!(table = id.table.0, error = %Chain(&error), "an instance was not moved; trying again");
+                // Others need not wait for the next attempt.
+                drop(slot);
+                let failed = outcome.inspect_err(|error| {
+                    tracing::warn!(table = id.table.0, error = %Chain(error), "an instance was not moved; trying again");
+                });
+                if failed.is_err() {
+                    // Still at work meanwhile: statements, which look at the place too, bring no attempt of their own.
+                    of.moves.look_again(id.clone());
                     tokio::select! { () = of.stop.cancelled() => {}, () = tokio::time::sleep(AGAIN) => {} }
-                    of.moves.look_again(id);
-                } else if of.moves.wanted.lock().contains(&id) {
-                    of.moves.wake.notify_one();
                 }
+                of.moves.at_work.lock().remove(&id);
+                // It may have been asked for meanwhile.
+                of.moves.wake.notify_one();
             });
         }
     }
