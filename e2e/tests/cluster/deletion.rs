@@ -103,6 +103,7 @@ async fn a_table_that_is_gone_holds_no_storage_and_comes_back_with_its_rows() ->
         }
     }
     kubectl_ok(&["delete", "usertable", "spare.notes"], None)?;
+    until("the pod hears that it is gone", async || Ok(!serves().await?)).await?;
     // No annotation, no other order than the one that the references ask for.
     for kind in ["kalamnamespace", "kalamstorage"] {
         until("nothing uses it any more", async || {
