@@ -14,6 +14,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// The server's, so that DataFusion and the Parquet writer are measured beside it with the same.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Real input and figures for a running KalamDB.
 #[derive(Parser, Debug)]
 #[command(name = "kalamdb-bench", version)]

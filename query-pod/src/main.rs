@@ -5,6 +5,10 @@ use kalamdb_query_pod::args::{Cli, Command, Token};
 use kalamdb_query_pod::auth::Tokens;
 use kalamdb_query_pod::{cluster, standalone};
 
+/// glibc's takes a fifth of the time of an INSERT (docs/decisions/0013-jemalloc.md).
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Stack of a worker thread: planning recurses with the depth of a statement, which is bounded.
 const STACK_BYTES: usize = 8 << 20;
 

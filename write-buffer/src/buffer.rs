@@ -94,7 +94,7 @@ pub struct EncodedRow {
 pub enum Fresh {
     /// They may.
     No,
-    /// None does, and the buffer has none that could get into one.
+    /// None does, and the buffer has none.
     Yes,
     /// None does, and the only older version is a row of this generation: it is replaced, and never gets into a file, if
     /// the statement comes into the same generation.
@@ -335,13 +335,16 @@ impl WriteBuffer {
     ///
     /// # Errors
     /// As [`WriteBuffer::scan`].
-    pub fn get(
-        &self,
-        instance: &InstanceId,
-        after: Generation,
-        pk: &[u8],
-    ) -> Result<Option<(Generation, Vec<u8>)>, ReadError> {
-        self.0.store.get(instance, after, pk)
+    pub fn get(&self, instance: &InstanceId, after: Generation, pk: &[u8]) -> Result<Found, ReadError> {
+        Ok(self.get_each(instance, after, &[pk])?.pop().flatten())
+    }
+
+    /// As [`WriteBuffer::get`], for many keys: an answer for each, in their order.
+    ///
+    /// # Errors
+    /// As [`WriteBuffer::scan`].
+    pub fn get_each(&self, instance: &InstanceId, after: Generation, pks: &[&[u8]]) -> Result<Vec<Found>, ReadError> {
+        self.0.store.get_each(instance, after, pks)
     }
 
     /// Records, durably and at once, that generations up to `flushed` are in the files that `manifest` names. The same

@@ -284,9 +284,13 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
-    /// Bytes of key and value of each row that is stored already.
+    /// Bytes of key and value of each row that is stored already. Whoever calls a row fresh has looked.
     fn stored_bytes(&self, rows: &[EncodedRow]) -> Result<Vec<Option<usize>>, CommitError> {
         let stored = |row: &EncodedRow| {
+            if row.fresh == Fresh::Yes {
+                debug_assert!(matches!(self.store.row_bytes(&row.key), Ok(None)), "a fresh row is stored already");
+                return Ok(None);
+            }
             let value = self.store.row_bytes(&row.key).map_err(|source| CommitError::Read { source })?;
             Ok(value.map(|value| value + row.key.len()))
         };

@@ -53,6 +53,9 @@ struct Source<'a> {
     rows: DBRawIterator<'a>,
 }
 
+/// The newest version of a row, if there is one, and its generation.
+pub type Found = Option<(Generation, Vec<u8>)>;
+
 /// Sees one row at a time: generation, primary key, stored bytes. Ends the scan with `Break`.
 pub type Visit<'a> = &'a mut dyn FnMut(Generation, &[u8], &[u8]) -> ControlFlow<()>;
 
@@ -276,22 +279,25 @@ impl Store {
         if after < reclaimed { Err(ReadError::Reclaimed { after, reclaimed }) } else { Ok(()) }
     }
 
-    pub(crate) fn get(
-        &self,
-        instance: &InstanceId,
-        after: Generation,
-        pk: &[u8],
-    ) -> Result<Option<(Generation, Vec<u8>)>, ReadError> {
+    pub(crate) fn get_each(&self, instance: &InstanceId, after: Generation, pks: &[&[u8]]) -> Result<Vec<Found>, ReadError> {
         // Before the look-ups it bounds their number; what counts is the same check after them.
         self.check_readable(instance, after)?;
         let active = self.state(instance)?.active;
-        let mut found = None;
-        for generation in (after.0.saturating_add(1)..=active.0).rev() {
-            let key = keys::row_key(instance, Generation(generation), pk);
-            if let Some(value) = self.db.get_cf(self.family(ROWS), key).map_err(reading)? {
-                found = Some((Generation(generation), value));
-                break;
+        let mut key = keys::row_key(instance, Generation(0), &[]);
+        let (offset, start) = (keys::generation_offset(instance), key.len());
+        let mut found = Vec::with_capacity(pks.len());
+        for pk in pks {
+            key.truncate(start);
+            key.extend_from_slice(pk);
+            let mut newest = None;
+            for generation in (after.0.saturating_add(1)..=active.0).rev().map(Generation) {
+                keys::stamp(&mut key, offset, generation);
+                if let Some(value) = self.db.get_pinned_cf(self.family(ROWS), &key).map_err(reading)? {
+                    newest = Some((generation, value.to_vec()));
+                    break;
+                }
             }
+            found.push(newest);
         }
         // No removal had begun when this is checked, so none had when the rows were looked up.
         self.check_readable(instance, after)?;
@@ -332,7 +338,7 @@ impl Store {
     /// `_seq` of the newest version of a row that no file holds.
     pub(crate) fn newest_seq(&self, instance: &InstanceId, pk: &[u8]) -> Result<Option<i64>, ReadError> {
         let flushed = self.state(instance)?.flushed;
-        let Some((_, value)) = self.get(instance, flushed, pk)? else { return Ok(None) };
+        let Some((_, value)) = self.get_each(instance, flushed, &[pk])?.pop().flatten() else { return Ok(None) };
         Ok(Some(Header::parse(&value).map_err(|source| ReadError::Row { source })?.seq))
     }
 

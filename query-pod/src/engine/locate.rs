@@ -62,7 +62,7 @@ impl Engine {
         self.check_owned()?;
         self.check_rebuilt(table, owner).await?;
         let instance = self.instances.get(&Self::instance_id(table, owner))?;
-        let found = self.find(table, &instance, BTreeSet::from([key])).await?.into_values().next();
+        let found = self.find(table, &instance, vec![key]).await?.into_values().next();
         match found {
             Some(Existing { live: true, place: Place::Buffer(row), .. }) => Ok(Some(Row::Buffered(row))),
             Some(Existing { live: true, place: Place::File(at, view), .. }) => {
@@ -78,32 +78,36 @@ impl Engine {
         &self,
         table: &TableEntry,
         instance: &Instance,
-        keys: BTreeSet<Vec<u8>>,
+        keys: Vec<Vec<u8>>,
     ) -> Result<HashMap<Vec<u8>, Existing>, ReadError> {
-        let mut found = HashMap::new();
+        let mut known = HashMap::with_capacity(keys.len());
         let mut elsewhere = BTreeSet::new();
         // Buffer and view under one lock, as for scans: a key must not slip from one to the other between two looks.
-        let view = {
+        let (view, buffered) = {
             let current = instance.current.read();
-            for key in keys {
-                match self.buffer.get(&instance.id, current.view.flushed, &key)? {
-                    Some((generation, value)) => {
-                        let header = Header::parse(&value)?;
-                        let fresh = if header.fresh { Fresh::In(generation) } else { Fresh::No };
-                        let place = Place::Buffer(value);
-                        found.insert(key, Existing { live: !header.deleted, fresh, place });
-                    }
-                    None => drop(elsewhere.insert(key)),
-                }
-            }
-            Arc::clone(&current.view)
+            let pks: Vec<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+            let buffered = self.buffer.get_each(&instance.id, current.view.flushed, &pks)?;
+            (Arc::clone(&current.view), buffered)
         };
-        let located = self.locate(table, instance, &view, &elsewhere).await?;
-        found.extend(located.into_iter().map(|(key, position)| {
-            let existing = in_files(&view, position.as_ref());
-            (key, existing)
-        }));
-        Ok(found)
+        for (key, buffered) in keys.into_iter().zip(buffered) {
+            match buffered {
+                Some((generation, value)) => {
+                    let header = Header::parse(&value)?;
+                    let fresh = if header.fresh { Fresh::In(generation) } else { Fresh::No };
+                    known.insert(key, Existing { live: !header.deleted, fresh, place: Place::Buffer(value) });
+                }
+                None if view.manifest.files.is_empty() => drop(known.insert(key, in_files(&view, None))),
+                None => drop(elsewhere.insert(key)),
+            }
+        }
+        if !elsewhere.is_empty() {
+            let located = self.locate(table, instance, &view, &elsewhere).await?;
+            known.extend(located.into_iter().map(|(key, position)| {
+                let existing = in_files(&view, position.as_ref());
+                (key, existing)
+            }));
+        }
+        Ok(known)
     }
 
     /// The rows at `positions` of the file of `view` under `path`, in file order.

@@ -3,7 +3,7 @@
 //! A statement that brings its own keys, or reads before it writes, holds the instance exclusively from its first look
 //! until its commit is applied ([`Writing`]); one whose keys this pod generated shares it with others of its kind.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -216,7 +216,7 @@ impl Writing {
     /// # Errors
     /// If either does not read: an error is never "no such row".
     pub async fn look_up(&mut self, keys: impl IntoIterator<Item = &[u8]>) -> Result<(), WriteError> {
-        let wanted: BTreeSet<Vec<u8>> =
+        let wanted: Vec<Vec<u8>> =
             keys.into_iter().filter(|key| !self.known.contains_key(*key)).map(<[u8]>::to_vec).collect();
         if wanted.is_empty() {
             return Ok(());
@@ -270,11 +270,13 @@ impl Writing {
     /// # Errors
     /// [`WriteError::Exists`] if one exists already or is twice in `rows`.
     pub async fn insert(mut self, rows: Vec<NewRow>) -> Result<u64, WriteError> {
-        let mut keys = BTreeSet::new();
-        if let Some(index) = rows.iter().position(|row| !keys.insert(row.key.as_slice())) {
-            return Err(WriteError::Exists(index));
+        if !rows.is_sorted_by(|one, other| one.key < other.key) {
+            let mut keys = HashSet::with_capacity(rows.len());
+            if let Some(index) = rows.iter().position(|row| !keys.insert(row.key.as_slice())) {
+                return Err(WriteError::Exists(index));
+            }
         }
-        self.look_up(keys).await?;
+        self.look_up(rows.iter().map(|row| row.key.as_slice())).await?;
         if let Some(index) = rows.iter().position(|row| self.exists(&row.key)) {
             return Err(WriteError::Exists(index));
         }

@@ -5,6 +5,7 @@ pub mod encode;
 
 pub use body::Room;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,10 +71,11 @@ pub fn router(api: Arc<Api>) -> Router {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Statement {
-    sql: String,
-    #[serde(default)]
-    params: Option<Params>,
+struct Statement<'a> {
+    #[serde(borrow)]
+    sql: Cow<'a, str>,
+    #[serde(default, borrow)]
+    params: Option<Params<'a>>,
     #[serde(default)]
     namespace_id: Option<String>,
 }
@@ -81,19 +83,19 @@ struct Statement {
 /// Most parameters that are read at all: eight million small ones fit a body, and would take its size many times over.
 const PARAMS_MAX: usize = 100_000;
 
-struct Params(Vec<Box<RawValue>>);
+struct Params<'a>(Vec<&'a RawValue>);
 
-impl<'de> Deserialize<'de> for Params {
+impl<'de: 'a, 'a> Deserialize<'de> for Params<'a> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Bounded;
         impl<'de> serde::de::Visitor<'de> for Bounded {
-            type Value = Params;
+            type Value = Params<'de>;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 write!(f, "an array of at most {PARAMS_MAX} parameters")
             }
 
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Params, A::Error> {
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Params<'de>, A::Error> {
                 let mut params = Vec::new();
                 while let Some(item) = items.next_element()? {
                     if params.len() == PARAMS_MAX {
@@ -141,15 +143,15 @@ async fn admit(api: &Api, headers: &HeaderMap) -> Result<(Identity, Share), ApiE
 
 async fn handle(api: &Arc<Api>, identity: Identity, request: HttpRequest) -> Result<Answer, ApiError> {
     let body = read_body(request.into_body(), api.body_bytes_max).await?;
-    let statement: Statement = serde_json::from_slice(&body).map_err(|error| {
-        ApiError::invalid(
-            "INVALID_REQUEST",
-            format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"),
-        )
-    })?;
     let api = Arc::clone(api);
     // Ends with the request: a client that hangs up takes its query with it. A write goes on (`Sql::insert`).
     let run = AbortOnDropHandle::new(tokio::spawn(async move {
+        let statement: Statement<'_> = serde_json::from_slice(&body).map_err(|error| {
+            ApiError::invalid(
+                "INVALID_REQUEST",
+                format!("the body is not {{\"sql\", \"params\", \"namespace_id\"}}: {error}"),
+            )
+        })?;
         let request = Request {
             identity: &identity,
             sql: &statement.sql,

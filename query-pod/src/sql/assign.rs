@@ -121,9 +121,10 @@ impl<'a> Evaluate<'a> {
 
     /// A value for `column`, in row `number` of the statement if it has numbered rows; `None` for DEFAULT.
     pub(super) fn value(&self, expr: &Expr, column: &Column, number: Option<usize>) -> Result<Option<Value>, ApiError> {
-        let row = number.map_or_else(String::new, |number| format!("row {number}, "));
-        let misfit =
-            |message: String| ApiError::invalid("INVALID_VALUE", format!("{row}column `{}`: {message}", column.name));
+        let misfit = |message: String| {
+            let row = number.map_or_else(String::new, |number| format!("row {number}, "));
+            ApiError::invalid("INVALID_VALUE", format!("{row}column `{}`: {message}", column.name))
+        };
         let of_text =
             |text: &str| Value::from_text(text, &column.ty).map(Some).map_err(|error| misfit(error.to_string()));
         match expr {
@@ -171,7 +172,7 @@ impl<'a> Evaluate<'a> {
             .ok_or_else(|| invalid(format!("`{name}` is no parameter; use $1, $2, …")))?;
         let sent = self.request.params.len();
         let missing = || invalid(format!("the statement uses ${number}, and {sent} parameter(s) were sent"));
-        self.request.params.get(number - 1).map(|raw| &**raw).ok_or_else(missing)
+        self.request.params.get(number - 1).copied().ok_or_else(missing)
     }
 
     pub(super) fn default(&self, column: &Column) -> (Value, bool) {

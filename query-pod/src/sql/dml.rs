@@ -91,48 +91,48 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        insert: Insert,
+        insert: &Insert,
     ) -> Result<Answer, ApiError> {
         let Insert { table, columns, source, conflict, returning, parameters } = insert;
-        let target = self.target(request, snapshot, &table, &parameters)?;
+        let target = self.target(request, snapshot, table, parameters)?;
         let evaluate = Evaluate::new(self, request, snapshot);
-        let into = targets(&target.table, &columns)?;
+        let into = targets(&target.table, columns)?;
         // What a query reads must not change before it is written; VALUES need no lock before they are known.
         let mut held = None;
         let (rows, generated) = match source {
-            Source::Values(rows) => target.of_values(&evaluate, &into, &rows)?,
+            Source::Values(rows) => target.of_values(&evaluate, &into, rows)?,
             Source::Query(query) => {
                 held = Some(target.hold().await?);
-                target.of_query(&evaluate, &into, *query).await?
+                target.of_query(&evaluate, &into, query).await?
             }
         };
         if rows.is_empty() {
-            return target.answer(Changes::default(), returning, "inserted").await.map(|(_, answer)| answer);
+            return target.answer(Changes::default(), returning.as_ref(), "inserted").await.map(|(_, answer)| answer);
         }
         let Some(conflict) = conflict else {
             let changes = Changes { count: rows.len() as u64, put: rows, delete: Vec::new() };
-            return target.insert_all(held, changes, generated, returning).await;
+            return target.insert_all(held, changes, generated, returning.as_ref()).await;
         };
-        target.check_conflict_target(&conflict)?;
+        target.check_conflict_target(conflict)?;
         let mut writing = match held {
             Some(writing) => writing,
             None => target.hold().await?,
         };
         let changes = target.resolve_conflicts(&evaluate, &mut writing, rows, conflict).await?;
-        target.finish(writing, changes, returning, "inserted").await
+        target.finish(writing, changes, returning.as_ref(), "inserted").await
     }
 
     pub(super) async fn update(
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        update: Update,
+        update: &Update,
     ) -> Result<Answer, ApiError> {
         let Update { table, set, returning, parameters } = update;
-        let target = self.target(request, snapshot, &table, &parameters)?;
+        let target = self.target(request, snapshot, table, parameters)?;
         let evaluate = Evaluate::new(self, request, snapshot);
         let Assignments { columns, rows } = set;
-        let set = target.set(&evaluate, &columns)?;
+        let set = target.set(&evaluate, columns)?;
         let mut writing = target.hold().await?;
         let batches = target.selected(&mut writing, rows).await?;
         let width = target.table.columns.len();
@@ -146,24 +146,24 @@ impl Sql {
             changes.put.extend(new);
         }
         let writing = target.move_keys(writing, &mut changes).await?;
-        target.finish(writing, changes, returning, "updated").await
+        target.finish(writing, changes, returning.as_ref(), "updated").await
     }
 
     pub(super) async fn delete(
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        delete: Delete,
+        delete: &Delete,
     ) -> Result<Answer, ApiError> {
         let Delete { table, rows, returning, parameters } = delete;
-        let target = self.target(request, snapshot, &table, &parameters)?;
+        let target = self.target(request, snapshot, table, parameters)?;
         let mut writing = target.hold().await?;
         let mut changes = Changes::default();
         for batch in target.selected(&mut writing, rows).await? {
             changes.delete.extend(target.rows_of(&batch)?);
         }
         changes.count = changes.delete.len() as u64;
-        target.finish(writing, changes, returning, "deleted").await
+        target.finish(writing, changes, returning.as_ref(), "deleted").await
     }
 }
 
@@ -244,7 +244,7 @@ impl Target<'_> {
         &self,
         evaluate: &Evaluate<'_>,
         into: &[usize],
-        query: QueryStatement,
+        query: &QueryStatement,
     ) -> Result<(Vec<Row>, bool), ApiError> {
         let mut made = Vec::new();
         let mut generated = true;
@@ -279,7 +279,7 @@ impl Target<'_> {
     }
 
     /// The rows that `query` selects to change: found by their key where it names one, else by running it.
-    async fn selected(&self, writing: &mut Writing, query: QueryStatement) -> Result<Vec<RecordBatch>, ApiError> {
+    async fn selected(&self, writing: &mut Writing, query: &QueryStatement) -> Result<Vec<RecordBatch>, ApiError> {
         let asked = fast::by_key(&query.statement, self.snapshot, self.request.namespace, self.request.params);
         let Some(asked) = asked.filter(|asked| !asked.shows_system_columns()) else {
             return Ok(self.sql.rows(self.request, self.snapshot, query, Vec::new()).await?.1);
@@ -402,7 +402,7 @@ impl Target<'_> {
         evaluate: &Evaluate<'_>,
         writing: &mut Writing,
         rows: Vec<Row>,
-        conflict: Conflict,
+        conflict: &Conflict,
     ) -> Result<Changes, ApiError> {
         if let Some(update) = &conflict.update {
             self.set(evaluate, &update.columns)?;
@@ -422,7 +422,7 @@ impl Target<'_> {
                 (false, false) => changes.put.push(row),
             }
         }
-        if let Some(update) = conflict.update
+        if let Some(update) = &conflict.update
             && !conflicting.is_empty()
         {
             let mut existing = HashMap::new();
@@ -447,10 +447,10 @@ impl Target<'_> {
         changes: &mut Changes,
         proposed: Vec<Row>,
         mut existing: HashMap<Vec<u8>, Vec<Value>>,
-        update: Assignments,
+        update: &Assignments,
     ) -> Result<(), ApiError> {
         let Assignments { columns, rows: query } = update;
-        let set = self.set(evaluate, &columns)?;
+        let set = self.set(evaluate, columns)?;
         if let Some((at, _)) = set.iter().find(|(at, _)| self.key.contains(at)) {
             let message = format!("ON CONFLICT DO UPDATE cannot set the key column `{}`", self.table.columns[*at].name);
             return Err(ApiError::invalid("INVALID_SQL", message));
@@ -506,7 +506,7 @@ impl Target<'_> {
     async fn answer(
         &self,
         changes: Changes,
-        returning: Option<QueryStatement>,
+        returning: Option<&QueryStatement>,
         verb: &str,
     ) -> Result<(Changes, Answer), ApiError> {
         let Some(query) = returning else {
@@ -532,7 +532,7 @@ impl Target<'_> {
         held: Option<Writing>,
         changes: Changes,
         generated: bool,
-        returning: Option<QueryStatement>,
+        returning: Option<&QueryStatement>,
     ) -> Result<Answer, ApiError> {
         let (changes, answer) = self.answer(changes, returning, "inserted").await?;
         let engine = &self.sql.engine;
@@ -553,7 +553,7 @@ impl Target<'_> {
         &self,
         writing: Writing,
         changes: Changes,
-        returning: Option<QueryStatement>,
+        returning: Option<&QueryStatement>,
         verb: &str,
     ) -> Result<Answer, ApiError> {
         let (changes, answer) = self.answer(changes, returning, verb).await?;

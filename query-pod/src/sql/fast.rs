@@ -133,7 +133,7 @@ pub(super) fn by_key(
     statement: &ast::Statement,
     snapshot: &Snapshot,
     namespace: Option<&str>,
-    params: &[Box<RawValue>],
+    params: &[&RawValue],
 ) -> Option<ByKey> {
     let select = plain_select(statement)?;
     let source = Source::of(select, snapshot, namespace)?;
@@ -363,7 +363,7 @@ fn name(ident: &Ident) -> Option<String> {
 }
 
 /// What a key column is compared with, as a value of the column's type: only where both ways read it the same.
-fn value(expr: &Expr, column: &Column, params: &[Box<RawValue>], used: &mut [bool]) -> Option<Value> {
+fn value(expr: &Expr, column: &Column, params: &[&RawValue], used: &mut [bool]) -> Option<Value> {
     let literal = match expr {
         Expr::Value(ValueWithSpan { value, .. }) => value,
         Expr::UnaryOp { op: UnaryOperator::Minus, expr } => match &**expr {
@@ -414,7 +414,7 @@ fn number(digits: &str, signed: &str, ty: &ColumnType) -> Option<Value> {
 }
 
 /// A parameter that stands only here: the planner then takes it for a value of the column's Arrow type (`params`).
-fn parameter(name: &str, ty: &ColumnType, params: &[Box<RawValue>], used: &mut [bool]) -> Option<Value> {
+fn parameter(name: &str, ty: &ColumnType, params: &[&RawValue], used: &mut [bool]) -> Option<Value> {
     let number: usize = name.strip_prefix('$')?.parse().ok()?;
     let at = number.checked_sub(1)?;
     let raw = params.get(at)?;
@@ -480,6 +480,7 @@ spec: {defaultStorage: local}
     fn ask(snapshot: &Snapshot, sql: &str, params: &[&str]) -> Option<ByKey> {
         let raw = |text: &&str| RawValue::from_string((*text).to_owned()).expect("JSON");
         let params: Vec<Box<RawValue>> = params.iter().map(raw).collect();
+        let params: Vec<&RawValue> = params.iter().map(|raw| &**raw).collect();
         match parse::parse(sql) {
             Ok(Statement::Query(query)) => by_key(&query.statement, snapshot, Some("app"), &params),
             Ok(Statement::Update(update)) => by_key(&update.set.rows.statement, snapshot, Some("app"), &params),

@@ -21,6 +21,7 @@ mod query;
 mod rewrite;
 mod scopes;
 mod session;
+mod statements;
 mod sum;
 mod system_tables;
 mod unfolding;
@@ -94,7 +95,7 @@ pub struct Request<'a> {
     /// The SQL text.
     pub sql: &'a str,
     /// Values of `$1`, `$2`, … as JSON texts.
-    pub params: &'a [Box<RawValue>],
+    pub params: &'a [&'a RawValue],
     /// Namespace of tables that are named without one.
     pub namespace: Option<&'a str>,
 }
@@ -103,6 +104,7 @@ pub struct Request<'a> {
 pub struct Sql {
     engine: Arc<Engine>,
     sessions: session::Sessions,
+    statements: statements::Statements,
     plans: plans::Plans,
     limits: SqlLimits,
     queries: Shares,
@@ -132,6 +134,7 @@ impl Sql {
         }
         Ok(Self {
             sessions: session::Sessions::new(&engine, &limits)?,
+            statements: statements::Statements::default(),
             plans: plans::Plans::default(),
             engine,
             queries: Shares::halves(limits.queries_max),
@@ -171,17 +174,17 @@ impl Sql {
         self.check_size(request)?;
         request.namespace.map_or(Ok(()), parse::check_name)?;
         let snapshot = self.engine.catalog().current();
-        match parse::parse(request.sql)? {
-            Statement::Query(query) => Box::pin(self.query(request, &snapshot, *query)).await,
-            Statement::Insert(insert) => Box::pin(self.insert(request, &snapshot, *insert)).await,
+        match &*self.statements.parse(request.sql)? {
+            Statement::Query(query) => Box::pin(self.query(request, &snapshot, query)).await,
+            Statement::Insert(insert) => Box::pin(self.insert(request, &snapshot, insert)).await,
             Statement::Update(update) if is_system_users(&update.table, request) => {
-                Box::pin(self.update_user(request, &snapshot, *update)).await
+                Box::pin(self.update_user(request, &snapshot, update)).await
             }
-            Statement::Update(update) => Box::pin(self.update(request, &snapshot, *update)).await,
-            Statement::Delete(delete) => Box::pin(self.delete(request, &snapshot, *delete)).await,
-            Statement::Flush(target) => self.flush(request, &snapshot, &target).await,
-            Statement::Compact(target) => self.compact(request, &snapshot, &target).await,
-            Statement::CancelJob(id) => self.cancel_job(request, &id),
+            Statement::Update(update) => Box::pin(self.update(request, &snapshot, update)).await,
+            Statement::Delete(delete) => Box::pin(self.delete(request, &snapshot, delete)).await,
+            Statement::Flush(target) => self.flush(request, &snapshot, target).await,
+            Statement::Compact(target) => self.compact(request, &snapshot, target).await,
+            Statement::CancelJob(id) => self.cancel_job(request, id),
         }
     }
 

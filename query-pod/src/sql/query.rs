@@ -34,7 +34,7 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        query: QueryStatement,
+        query: &QueryStatement,
     ) -> Result<Answer, ApiError> {
         let work = async {
             match self.answer_fast(request, snapshot, &query.statement).await? {
@@ -73,7 +73,7 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        query: QueryStatement,
+        query: &QueryStatement,
     ) -> Result<Answer, ApiError> {
         let (state, planned) = Box::pin(self.plan(request, snapshot, query, Vec::new())).await?;
         check_parameters(planned.parameters.keys(), request.params.len())?;
@@ -89,7 +89,7 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        query: QueryStatement,
+        query: &QueryStatement,
         given: Vec<Given>,
     ) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
         let work = async {
@@ -107,16 +107,18 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        query: QueryStatement,
+        query: &QueryStatement,
         given: Vec<Given>,
     ) -> Result<(SessionState, Planned), ApiError> {
-        let QueryStatement { mut statement, names_system_columns } = query;
+        let QueryStatement { statement, names_system_columns } = query;
+        let names_system_columns = *names_system_columns;
         let for_all = given.is_empty();
         if for_all && let Some(planned) = self.plans.get(request, snapshot) {
             self.metrics.plans_reused.inc();
             let state = self.sessions.open(request.identity, snapshot, request.namespace, names_system_columns, given);
             return Ok((state, planned));
         }
+        let mut statement = statement.clone();
         if names_system_columns {
             wildcard::expand(&mut statement, snapshot, request.namespace)?;
         }

@@ -24,7 +24,7 @@ impl Sql {
         &self,
         request: &Request<'_>,
         snapshot: &Arc<Snapshot>,
-        update: Update,
+        update: &Update,
     ) -> Result<Answer, ApiError> {
         system_tables::check_role(request.identity.role, "changing `system.users`")?;
         check_parameters(&update.parameters, request.params.len())?;
