@@ -49,6 +49,44 @@ fn escape(bytes: &[u8], out: &mut Vec<u8>) {
     out.extend([0, 1]);
 }
 
+/// Keys from `from` on and below `to`; without `to`, all from `from` on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeyRange {
+    /// The least.
+    pub from: Vec<u8>,
+    /// What they are below.
+    pub to: Option<Vec<u8>>,
+}
+
+impl KeyRange {
+    /// Keys whose encoding begins with `prefix`: those with the same values in their first columns.
+    #[must_use]
+    pub fn beginning_with(prefix: &[u8]) -> Self {
+        Self { from: prefix.to_vec(), to: after(prefix) }
+    }
+
+    /// Whether `key` is one.
+    #[must_use]
+    pub fn contains(&self, key: &[u8]) -> bool {
+        self.from.as_slice() <= key && self.to.as_deref().is_none_or(|to| key < to)
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.to.as_ref().is_some_and(|to| *to <= self.from)
+    }
+}
+
+/// The least key above all that begin with `prefix`; `None` if there is none.
+#[must_use]
+pub fn after(prefix: &[u8]) -> Option<Vec<u8>> {
+    let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;
+    let mut end = prefix[..=last].to_vec();
+    end[last] += 1;
+    Some(end)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -67,10 +105,27 @@ mod tests {
         }
 
         #[test]
+        fn a_range_by_prefix_has_the_keys_with_these_first_values(
+            a in any::<(i64, String)>(), b in any::<(i64, String)>(),
+        ) {
+            let range = KeyRange::beginning_with(&encode(&[Value::BigInt(a.0)]));
+            let key = encode(&[Value::BigInt(b.0), Value::Text(b.1)]);
+            prop_assert_eq!(range.contains(&key), a.0 == b.0);
+            prop_assert!(range.contains(&encode(&[Value::BigInt(a.0), Value::Text(a.1)])) && !range.is_empty());
+        }
+
+        #[test]
         fn no_key_is_a_prefix_of_another(a in any::<Vec<u8>>(), b in any::<Vec<u8>>()) {
             let (x, y) = (encode(&[Value::Bytes(a.clone())]), encode(&[Value::Bytes(b.clone())]));
             prop_assert_eq!(x.starts_with(&y), a == b);
             prop_assert_eq!(x.cmp(&y), a.cmp(&b));
         }
+    }
+
+    #[test]
+    fn what_comes_after_a_prefix_is_above_all_that_begins_with_it() {
+        assert_eq!(after(&[1, 2]), Some(vec![1, 3]));
+        assert_eq!(after(&[1, 0xFF]), Some(vec![2]));
+        assert_eq!(after(&[0xFF, 0xFF]), None);
     }
 }

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryFutureExt, TryStreamExt};
 use kalamdb_model::catalog::{Column, TableEntry};
-use kalamdb_model::key;
+use kalamdb_model::key::{self, KeyRange};
 use kalamdb_model::value::Value;
 use object_store::ObjectStore;
 use object_store::path::Path;
@@ -239,76 +239,226 @@ async fn open(files: &DataFiles, file: &FileEntry) -> Result<ParquetRecordBatchS
     }
 }
 
+/// Rows that follow each other in key order, with the least and the greatest value of their first key column, as beginnings
+/// of keys; `None` where there is none, or none that can be used.
+struct Run {
+    rows: Range<u32>,
+    min: Option<Vec<u8>>,
+    max: Option<Vec<u8>>,
+}
+
+impl Run {
+    /// Whether it leaves room for one of `keys`.
+    fn may_hold(&self, keys: &BTreeSet<&Vec<u8>>) -> bool {
+        match (&self.min, &self.max) {
+            // The first key that is not below: the others are further above.
+            (Some(min), Some(max)) => {
+                keys.range::<&Vec<u8>, _>(min..).next().is_some_and(|key| *key <= max || key.starts_with(max))
+            }
+            _ => true,
+        }
+    }
+
+    /// Whether all its keys are certainly below `bound`, or none is; `None`: neither is certain.
+    fn is_below(&self, bound: &[u8]) -> Option<bool> {
+        let below = self.max.as_ref().is_some_and(|max| max.as_slice() < bound && !bound.starts_with(max));
+        let above = self.min.as_ref().is_some_and(|min| min.as_slice() >= bound);
+        (below || above).then_some(below)
+    }
+}
+
+/// What a file's statistics say of its first key column.
+struct Runs<'a> {
+    column: &'a Column,
+    statistics: StatisticsConverter<'a>,
+    footer: &'a ParquetMetaData,
+}
+
+impl<'a> Runs<'a> {
+    fn of(
+        builder: &'a ParquetRecordBatchStreamBuilder<FileReader>,
+        table: &'a TableEntry,
+    ) -> Result<Self, ParquetError> {
+        let first_key = table.key.first().and_then(|id| table.column(*id));
+        let column = first_key.ok_or_else(|| ParquetError::General(format!("table `{}` has no key", table.name)))?;
+        let Some(at) = position(builder.schema(), column.id, column.name.as_str()) else {
+            return Err(ArrowError::SchemaError(format!("no column `{}`", column.name)).into());
+        };
+        let name = builder.schema().field(at).name();
+        let statistics = StatisticsConverter::try_new(name, builder.schema(), builder.parquet_schema())?;
+        Ok(Self { column, statistics, footer: builder.metadata() })
+    }
+
+    fn runs(&self, first: u32, counts: &[u32], mins: &ArrayRef, maxes: &ArrayRef) -> Result<Vec<Run>, ParquetError> {
+        let mut start = first;
+        let run = |(at, count): (usize, &u32)| {
+            let end = start.checked_add(*count).ok_or_else(|| ParquetError::General("too many rows".to_owned()))?;
+            let rows = start..end;
+            start = end;
+            Ok(Run { rows, min: bound(self.column, mins, at), max: bound(self.column, maxes, at) })
+        };
+        counts.iter().enumerate().map(run).collect()
+    }
+
+    /// The row groups.
+    fn groups(&self) -> Result<Vec<Run>, ParquetError> {
+        let groups = self.footer.row_groups();
+        let rows = groups.iter().map(|group| u32::try_from(group.num_rows()));
+        let counts = rows.collect::<Result<Vec<u32>, _>>()?;
+        let (mins, maxes) = (self.statistics.row_group_mins(groups)?, self.statistics.row_group_maxes(groups)?);
+        self.runs(0, &counts, &mins, &maxes)
+    }
+
+    /// The pages of the row group with this number, which has the rows `of`; without a page index all as one.
+    fn pages(&self, group: usize, of: Run) -> Result<Vec<Run>, ParquetError> {
+        let (Some(columns), Some(offsets)) = (self.footer.column_index(), self.footer.offset_index()) else {
+            return Ok(vec![of]);
+        };
+        let groups = self.footer.row_groups();
+        let Some(counts) = self.statistics.data_page_row_counts(offsets, groups, [&group])? else {
+            return Ok(vec![of]);
+        };
+        let mins = self.statistics.data_page_mins(columns, offsets, [&group])?;
+        let maxes = self.statistics.data_page_maxes(columns, offsets, [&group])?;
+        let counts = counts.values().iter().map(|count| u32::try_from(*count)).collect::<Result<Vec<u32>, _>>()?;
+        let pages = self.runs(of.rows.start, &counts, &mins, &maxes)?;
+        Ok(if pages.last().is_some_and(|last| last.rows.end == of.rows.end) { pages } else { vec![of] })
+    }
+}
+
 /// Rows that may have one of `keys`: whole pages, judged by the range of the first key column. Without statistics: all.
 fn rows_with(
     builder: &ParquetRecordBatchStreamBuilder<FileReader>,
     table: &TableEntry,
     keys: &BTreeSet<&Vec<u8>>,
 ) -> Result<Positions, ParquetError> {
-    let footer = builder.metadata();
-    let groups = footer.row_groups();
-    let first_key = table.key.first().and_then(|id| table.column(*id));
-    let column = first_key.ok_or_else(|| ParquetError::General(format!("table `{}` has no key", table.name)))?;
-    let Some(at) = position(builder.schema(), column.id, column.name.as_str()) else {
-        return Err(ArrowError::SchemaError(format!("no column `{}`", column.name)).into());
-    };
-    let name = builder.schema().field(at).name();
-    let statistics = StatisticsConverter::try_new(name, builder.schema(), builder.parquet_schema())?;
-    let of_groups = (statistics.row_group_mins(groups)?, statistics.row_group_maxes(groups)?);
+    let runs = Runs::of(builder, table)?;
     let mut likely = Positions::default();
-    let mut start = 0_u32;
-    for (group, metadata) in groups.iter().enumerate() {
-        let rows = u32::try_from(metadata.num_rows())?;
-        let end = start.checked_add(rows).ok_or_else(|| ParquetError::General("too many rows".to_owned()))?;
-        if may_hold(column, &of_groups, group, keys) {
-            match pages(&statistics, footer, group)? {
-                Some((of_pages, counts)) if counts.iter().sum::<u32>() == rows => {
-                    let mut first = start;
-                    for (page, count) in counts.iter().enumerate() {
-                        if may_hold(column, &of_pages, page, keys) {
-                            likely.insert_range(first..first + count);
-                        }
-                        first += count;
-                    }
-                }
-                _ => likely.insert_range(start..end),
-            }
+    for (group, run) in runs.groups()?.into_iter().enumerate().filter(|(_, run)| run.may_hold(keys)) {
+        for page in runs.pages(group, run)?.into_iter().filter(|page| page.may_hold(keys)) {
+            likely.insert_range(page.rows);
         }
-        start = end;
     }
     Ok(likely)
 }
 
-/// The least and the greatest values of groups or pages.
-type Bounds = (ArrayRef, ArrayRef);
-
-/// The bounds and row counts of the pages that the column of `statistics` has in `group`, if the file has a page index.
-fn pages(
-    statistics: &StatisticsConverter<'_>,
-    footer: &ParquetMetaData,
-    group: usize,
-) -> Result<Option<(Bounds, Vec<u32>)>, ParquetError> {
-    let (Some(columns), Some(offsets)) = (footer.column_index(), footer.offset_index()) else { return Ok(None) };
-    let Some(counts) = statistics.data_page_row_counts(offsets, footer.row_groups(), [&group])? else {
-        return Ok(None);
+/// How many rows of `file`, which has `rows` in key order, have keys below `bound`. Reads the keys of a page, or of a few
+/// where many begin alike.
+async fn rows_below(
+    files: &DataFiles,
+    file: &FileEntry,
+    table: &TableEntry,
+    bound: &[u8],
+    rows: u32,
+) -> Result<u32, ReadError> {
+    let failed = |source| ReadError::File { path: file.path.clone(), source };
+    if bound <= file.min_key.as_slice() {
+        return Ok(0);
+    }
+    if bound > file.max_key.as_slice() {
+        return Ok(rows);
+    }
+    let mut unsure = {
+        let builder = open(files, file).await?;
+        let runs = Runs::of(&builder, table).map_err(failed)?;
+        let mut unsure = Vec::new();
+        let groups = runs.groups().map_err(failed)?.into_iter().enumerate();
+        for (group, run) in groups.filter(|(_, run)| run.is_below(bound).is_none()) {
+            unsure.extend(runs.pages(group, run).map_err(failed)?);
+        }
+        // Nothing is unsure: the bound lies between two groups.
+        if unsure.is_empty() {
+            let below = runs.groups().map_err(failed)?.into_iter().filter(|run| run.is_below(bound) == Some(true));
+            return Ok(below.map(|run| run.rows.end).max().unwrap_or(0));
+        }
+        unsure
     };
-    let bounds = (
-        statistics.data_page_mins(columns, offsets, [&group])?,
-        statistics.data_page_maxes(columns, offsets, [&group])?,
-    );
-    let counts = counts.values().iter().map(|count| u32::try_from(*count)).collect::<Result<Vec<u32>, _>>()?;
-    Ok(Some((bounds, counts)))
+    // Whole pages are below, then perhaps one is in part, then none: halve until that one is found.
+    let mut end = unsure.last().map_or(rows, |run| run.rows.end);
+    while let Some(middle) = unsure.get(unsure.len() / 2) {
+        let (at, span) = (unsure.len() / 2, middle.rows.clone());
+        let below = match middle.is_below(bound) {
+            Some(true) => span.len(),
+            Some(false) => 0,
+            None => keys_of(files, file, table, span.clone(), rows).await?.partition_point(|key| key.as_slice() < bound),
+        };
+        if below == 0 {
+            end = span.start;
+            unsure.truncate(at);
+        } else if below == span.len() {
+            unsure.drain(..=at);
+        } else {
+            return Ok(span.start + u32::try_from(below).unwrap_or(u32::MAX));
+        }
+    }
+    Ok(end)
 }
 
-/// Whether the `at`th of `bounds` leaves room for one of `keys`.
-fn may_hold(column: &Column, (mins, maxes): &Bounds, at: usize, keys: &BTreeSet<&Vec<u8>>) -> bool {
-    match (bound(column, mins, at), bound(column, maxes, at)) {
-        // The first key that is not below: the others are further above.
-        (Some(min), Some(max)) => {
-            keys.range::<&Vec<u8>, _>(&min..).next().is_some_and(|key| **key <= max || key.starts_with(&max))
+/// The keys of the rows `span` of `file`, which has `rows`.
+async fn keys_of(
+    files: &DataFiles,
+    file: &FileEntry,
+    table: &TableEntry,
+    span: Range<u32>,
+    rows: u32,
+) -> Result<Vec<Vec<u8>>, ReadError> {
+    let failed = |source| ReadError::File { path: file.path.clone(), source };
+    let wrong = |source| ReadError::Key { path: file.path.clone(), source };
+    let mut positions = Positions::default();
+    positions.insert_range(span);
+    let builder = open(files, file).await?;
+    let roots = table.key.iter().filter_map(|id| position(builder.schema(), *id, table.column(*id)?.name.as_str()));
+    let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
+    let reader = builder.with_projection(mask).with_row_selection(positions.only(rows)).with_batch_size(BATCH_ROWS);
+    let mut batches = reader.build().map_err(failed)?;
+    let mut keys = Vec::new();
+    while let Some(batch) = batches.try_next().await.map_err(failed)? {
+        let columns = KeyColumns::find(table, &batch).map_err(wrong)?;
+        for row in 0..batch.num_rows() {
+            keys.push(columns.key(row).map_err(wrong)?);
         }
-        _ => true,
     }
+    if keys.len() as u64 == positions.len() {
+        Ok(keys)
+    } else {
+        Err(ReadError::Positions { path: file.path.clone(), expected: positions.len(), found: keys.len() as u64 })
+    }
+}
+
+/// Rows of `file` with keys in `range`, but those at `hidden`: at most `limit`, those with the least keys, or with the
+/// greatest if `descending`. By key, each with its values in the order of the table's columns.
+///
+/// # Errors
+/// If the file cannot be read.
+pub async fn read_range(
+    files: &DataFiles,
+    file: &FileEntry,
+    table: &TableEntry,
+    range: &KeyRange,
+    hidden: &Positions,
+    (limit, descending): (usize, bool),
+) -> Result<Vec<(Vec<u8>, Vec<Value>)>, ReadError> {
+    let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
+    let start = rows_below(files, file, table, &range.from, rows).await?;
+    let end = match &range.to {
+        Some(to) => rows_below(files, file, table, to, rows).await?,
+        None => rows,
+    };
+    let shown = |row: &u32| !hidden.contains(*row);
+    let positions: Positions = if descending {
+        (start..end).rev().filter(shown).take(limit).collect()
+    } else {
+        (start..end).filter(shown).take(limit).collect()
+    };
+    if positions.is_empty() {
+        return Ok(Vec::new());
+    }
+    let key_positions = table.key_positions();
+    let keyed = |values: Vec<Value>| {
+        let key: Vec<Value> = key_positions.iter().map(|at| values[*at].clone()).collect();
+        (key::encode(&key), values)
+    };
+    Ok(read_rows(files, file, table, &positions).await?.into_iter().map(keyed).collect())
 }
 
 /// A statistic as the beginning of a key. `None` where there is none, or none that can be used.

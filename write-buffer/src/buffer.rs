@@ -8,6 +8,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use kalamdb_model::key::KeyRange;
 use kalamdb_model::{Generation, InstanceId};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
@@ -18,7 +19,7 @@ use crate::keys;
 use crate::record::Record;
 use crate::row::{self, Header};
 use crate::state::Counters;
-use crate::store::{Store, Visit};
+use crate::store::{Found, Store, Visit};
 
 /// Most bytes of rows that wait in the queue; one statement is taken however large it is.
 const QUEUE_BYTES_MAX: usize = 256 << 20;
@@ -315,7 +316,22 @@ impl WriteBuffer {
     /// If reading fails, or generations above `after` are being removed ([`ReadError::Reclaimed`]): never a shorter
     /// answer.
     pub fn scan(&self, instance: &InstanceId, after: Generation, visit: Visit<'_>) -> Result<(), ReadError> {
-        self.0.store.scan(instance, after, visit)
+        self.0.store.scan(instance, after, &KeyRange::default(), false, visit)
+    }
+
+    /// As [`WriteBuffer::scan`], of the rows whose keys are in `range`, from the greatest if `descending`.
+    ///
+    /// # Errors
+    /// As [`WriteBuffer::scan`].
+    pub fn scan_range(
+        &self,
+        instance: &InstanceId,
+        after: Generation,
+        range: &KeyRange,
+        descending: bool,
+        visit: Visit<'_>,
+    ) -> Result<(), ReadError> {
+        self.0.store.scan(instance, after, range, descending, visit)
     }
 
     /// Visits the rows of one generation by key: what a flush writes.

@@ -98,14 +98,6 @@ pub(crate) fn parse_instance(key: &[u8]) -> Result<(InstanceId, &[u8]), KeyError
     if found == expected { Ok((instance, rest)) } else { Err(KeyError::Shard { found, expected }) }
 }
 
-/// The least key above all keys that start with `prefix`; `None` if there is none.
-pub(crate) fn successor(prefix: &[u8]) -> Option<Vec<u8>> {
-    let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;
-    let mut end = prefix[..=last].to_vec();
-    end[last] += 1;
-    Some(end)
-}
-
 fn user_bytes(instance: &InstanceId) -> &[u8] {
     match &instance.owner {
         Owner::Shared => &[],
@@ -125,6 +117,7 @@ fn instance_key(instance: &InstanceId, more: usize) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use kalamdb_model::key::after;
     use proptest::prelude::*;
 
     use super::*;
@@ -168,7 +161,7 @@ mod tests {
             a in instances(), b in instances(), generations in any::<(u32, u32)>(), pks in (pks(), pks()),
         ) {
             prop_assume!(a != b);
-            let (low, high) = (instance_prefix(&a), successor(&instance_prefix(&a)).expect("a prefix is not all 0xFF"));
+            let (low, high) = (instance_prefix(&a), after(&instance_prefix(&a)).expect("a prefix is not all 0xFF"));
             let own = row_key(&a, Generation(generations.0), &pks.0);
             let foreign = row_key(&b, Generation(generations.1), &pks.1);
             prop_assert!(low <= own && own < high);
@@ -207,12 +200,5 @@ mod tests {
         let mut key = row_key(&InstanceId { owner: Owner::Shared, table: TableId(1) }, Generation(1), b"k");
         key[1] ^= 1;
         assert!(matches!(parse(&key), Err(KeyError::Shard { .. })));
-    }
-
-    #[test]
-    fn the_successor_of_a_prefix_is_above_all_that_starts_with_it() {
-        assert_eq!(successor(&[1, 2]), Some(vec![1, 3]));
-        assert_eq!(successor(&[1, 0xFF]), Some(vec![2]));
-        assert_eq!(successor(&[0xFF, 0xFF]), None);
     }
 }

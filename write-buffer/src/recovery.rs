@@ -3,7 +3,7 @@
 //! Generations up to the flushed one are in files: what is left of them was being removed when the process ended, and
 //! is removed now. Everything above is counted. May be interrupted anywhere: it only removes what is published.
 
-use kalamdb_model::{Generation, InstanceId};
+use kalamdb_model::{Generation, InstanceId, key};
 
 use crate::error::ReadError;
 use crate::keys;
@@ -18,7 +18,7 @@ impl Store {
         while let Some(key) = self.first_key(from)? {
             let (instance, _) = keys::parse_instance(&key).map_err(|source| ReadError::Key { source })?;
             self.recover_instance(&instance)?;
-            match keys::successor(&keys::instance_prefix(&instance)) {
+            match key::after(&keys::instance_prefix(&instance)) {
                 Some(next) => from = next,
                 None => break,
             }
@@ -49,7 +49,7 @@ impl Store {
 
     fn count(&self, instance: &InstanceId, from: Vec<u8>, state: &mut State) -> Result<(), ReadError> {
         let offset = keys::generation_offset(instance);
-        let mut rows = self.rows(from, keys::successor(&keys::instance_prefix(instance)));
+        let mut rows = self.rows(from, key::after(&keys::instance_prefix(instance)));
         while let Some((key, value)) = rows.item() {
             let (generation, _) = split(key, offset)?;
             let header = Header::parse(value).map_err(|source| ReadError::Row { source })?;

@@ -9,7 +9,8 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use kalamdb_model::{Generation, InstanceId};
+use kalamdb_model::key::KeyRange;
+use kalamdb_model::{Generation, InstanceId, key};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRawIterator,
     DBRecoveryMode, ReadOptions, WriteBatch, WriteOptions,
@@ -118,6 +119,7 @@ impl Store {
     /// An iterator over the stored rows in `[from, to)`, positioned on the first. It sees the database as of this call.
     pub(crate) fn rows(&self, from: Vec<u8>, to: Option<Vec<u8>>) -> DBRawIterator<'_> {
         let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(from.as_slice());
         if let Some(to) = to {
             options.set_iterate_upper_bound(to);
         }
@@ -193,14 +195,26 @@ impl Store {
         self.states.dirty()
     }
 
-    pub(crate) fn scan(&self, instance: &InstanceId, after: Generation, visit: Visit<'_>) -> Result<(), ReadError> {
+    /// By key, from the greatest if `descending`.
+    pub(crate) fn scan(
+        &self,
+        instance: &InstanceId,
+        after: Generation,
+        range: &KeyRange,
+        descending: bool,
+        visit: Visit<'_>,
+    ) -> Result<(), ReadError> {
         let Some(first) = after.0.checked_add(1) else { return Ok(()) };
+        if range.is_empty() {
+            return Ok(());
+        }
         let offset = keys::generation_offset(instance);
         let active = self.state(instance)?.active;
         // The newest generation first: an older one has not changed since the newest began, so that what all of them show
         // is the state at the moment of the first.
         let generations = (first..=active.0).rev().map(Generation);
-        let mut sources: Vec<Source<'_>> = generations.map(|generation| self.source(instance, generation)).collect();
+        let source = |generation| self.source(instance, generation, range, descending);
+        let mut sources: Vec<Source<'_>> = generations.map(source).collect();
         // After the iterators: a removal that begins from now on is not seen by them.
         self.check_readable(instance, after)?;
         let mut last: Vec<u8> = Vec::new();
@@ -210,7 +224,7 @@ impl Store {
                 let Some(key) = source.rows.key() else { continue };
                 let (_, pk) = split(key, offset)?;
                 // Equal keys: the newer generation comes first in the list, and wins.
-                if next.is_none_or(|(_, least)| pk < least) {
+                if next.is_none_or(|(_, first)| if descending { pk > first } else { pk < first }) {
                     next = Some((index, pk));
                 }
             }
@@ -226,8 +240,10 @@ impl Store {
                     .rows
                     .key()
                     .is_some_and(|key| key.get(offset + keys::GENERATION_BYTES..) == Some(last.as_slice()));
-                if same {
-                    source.rows.next();
+                match (same, descending) {
+                    (false, _) => {}
+                    (true, false) => source.rows.next(),
+                    (true, true) => source.rows.prev(),
                 }
             }
         }
@@ -235,10 +251,23 @@ impl Store {
         sources.iter().try_for_each(|source| source.rows.status().map_err(reading))
     }
 
-    fn source(&self, instance: &InstanceId, generation: Generation) -> Source<'_> {
-        let from = keys::generation_prefix(instance, generation);
-        let to = keys::successor(&from);
-        Source { generation, rows: self.rows(from, to) }
+    fn source(
+        &self,
+        instance: &InstanceId,
+        generation: Generation,
+        range: &KeyRange,
+        descending: bool,
+    ) -> Source<'_> {
+        let from = keys::row_key(instance, generation, &range.from);
+        let to = match &range.to {
+            Some(to) => Some(keys::row_key(instance, generation, to)),
+            None => key::after(&keys::generation_prefix(instance, generation)),
+        };
+        let mut rows = self.rows(from, to);
+        if descending {
+            rows.seek_to_last();
+        }
+        Source { generation, rows }
     }
 
     pub(crate) fn scan_generation(
@@ -248,7 +277,7 @@ impl Store {
         visit: Visit<'_>,
     ) -> Result<(), ReadError> {
         let from = keys::generation_prefix(instance, generation);
-        let to = keys::successor(&from);
+        let to = key::after(&from);
         self.visit(instance, Generation(generation.0.saturating_sub(1)), (from, to), visit)
     }
 
@@ -352,7 +381,7 @@ impl Store {
         }
         self.states.update(instance, |state| state.reclaiming = state.reclaiming.max(up_to));
         let from = keys::generation_prefix(instance, Generation(reclaimed.0 + 1));
-        let to = keys::successor(&keys::generation_prefix(instance, up_to));
+        let to = key::after(&keys::generation_prefix(instance, up_to));
         let removed = self.remove(from, to)?;
         self.states.update(instance, |state| state.reclaimed = state.reclaimed.max(up_to));
         Ok(removed)
@@ -412,7 +441,7 @@ impl Store {
     pub(crate) fn state_scan(&self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, ReadError> {
         let from = state_key(prefix);
         let mut options = ReadOptions::default();
-        if let Some(to) = keys::successor(from.as_bytes()) {
+        if let Some(to) = key::after(from.as_bytes()) {
             options.set_iterate_upper_bound(to);
         }
         let mut iterator = self.db.raw_iterator_cf_opt(self.family(DEFAULT), options);

@@ -1,6 +1,7 @@
-//! Statements that need no planner: one row by its whole primary key, and `count(*)` of a table.
+//! Statements that need no planner: one row by its whole primary key, the first or last rows by key, and `count(*)` of a
+//! table.
 //!
-//! Owns: which statements are taken ([`by_key`], [`count`]), decided from what was parsed alone. Only what certainly means
+//! Owns: which statements are taken ([`by_key`], [`by_order`], [`count`]), decided from what was parsed alone. Only what certainly means
 //! the same to the planner is: a wrong name, a parameter too many, a literal of another type than its column (which the
 //! planner may convert), NULL and all else go the general way, and so get its answer or its error.
 
@@ -10,11 +11,12 @@ use arrow::array::{Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema};
 use datafusion::sql::sqlparser::ast::{
     self, BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArgumentList, FunctionArguments,
-    GroupByExpr, Ident, LimitClause, ObjectName, ObjectNamePart, Query, Select, SelectItem,
+    GroupByExpr, Ident, LimitClause, ObjectName, ObjectNamePart, OrderBy, OrderByExpr, OrderByKind, Query, Select, SelectItem,
     SelectItemQualifiedWildcardKind, SetExpr, TableFactor, UnaryOperator, Value as Literal, ValueWithSpan,
 };
 use kalamdb_model::names::SYSTEM_COLUMNS;
-use kalamdb_model::{Column, ColumnType, TableEntry, Value, key};
+use kalamdb_model::key::{self, KeyRange};
+use kalamdb_model::{Column, ColumnType, TableEntry, Value};
 use kalamdb_write_buffer::{BatchBuilder, RowError, row};
 use serde_json::value::RawValue;
 
@@ -24,7 +26,7 @@ use super::query::of_datafusion;
 use super::scopes::folded;
 use super::{Request, Sql, engine_errors, owner_for, provider, wildcard};
 use crate::catalog::Snapshot;
-use crate::engine::Row;
+use crate::engine::{Row, Window};
 use crate::error::ApiError;
 use crate::http::Room;
 use crate::http::encode::{Answer, Encoder};
@@ -37,12 +39,14 @@ impl Sql {
         snapshot: &Snapshot,
         query: &ast::Statement,
     ) -> Result<Option<Answer>, ApiError> {
-        let answered = match count(query, snapshot, request.namespace) {
-            Some((table, name)) => self.count_rows(request, snapshot, &table, name).await?,
-            None => match by_key(query, snapshot, request.namespace, request.params) {
-                Some(asked) => self.row_by_key(request, asked).await?,
-                None => None,
-            },
+        let answered = if let Some((table, name)) = count(query, snapshot, request.namespace) {
+            self.count_rows(request, snapshot, &table, name).await?
+        } else if let Some(asked) = by_key(query, snapshot, request.namespace, request.params) {
+            self.row_by_key(request, asked).await?
+        } else if let Some(asked) = by_order(query, snapshot, request.namespace, request.params) {
+            self.rows_by_order(request, asked).await?
+        } else {
+            None
         };
         let Some((schema, batch)) = answered else { return Ok(None) };
         let room = Room::new(Arc::clone(&self.answers_bytes), request.identity.user.clone());
@@ -66,10 +70,31 @@ impl Sql {
             Some(Row::Filed(values)) => Some(row::encode(table, &values)),
         };
         let batch = asked.batch(row.as_deref()).map_err(|error| ApiError::internal(&error))?;
-        let fields = batch.schema();
-        let named =
-            fields.fields().iter().zip(&asked.names).map(|(field, name)| field.as_ref().clone().with_name(name));
-        Ok(Some((Schema::new(named.collect::<Vec<Field>>()), batch)))
+        Ok(Some((named(&batch, &asked.names), batch)))
+    }
+
+    async fn rows_by_order(
+        &self,
+        request: &Request<'_>,
+        asked: ByOrder,
+    ) -> Result<Option<(Schema, RecordBatch)>, ApiError> {
+        let table = &asked.table;
+        let Ok(owner) = owner_for(table, request.identity, false) else { return Ok(None) };
+        if asked.parameters != request.params.len() {
+            return Ok(None);
+        }
+        let found = self.engine.range(table, &owner, asked.window).await;
+        let Some(rows) = found.map_err(|error| engine_errors::of_read(&error))? else { return Ok(None) };
+        let mut builder = BatchBuilder::new(table, &asked.columns);
+        for row in rows {
+            let row = match row {
+                Row::Buffered(row) => row,
+                Row::Filed(values) => row::encode(table, &values),
+            };
+            builder.push(&row).map_err(|error| ApiError::internal(&error))?;
+        }
+        let batch = builder.finish().map_err(|error| ApiError::internal(&error))?;
+        Ok(Some((named(&batch, &asked.names), batch)))
     }
 
     /// From the manifest and the heads of buffered rows; no file is read, but where it is not known yet which of its rows
@@ -98,6 +123,13 @@ impl Sql {
         let batch = RecordBatch::try_new(Arc::new(schema.clone()), vec![Arc::new(Int64Array::from(vec![count]))]);
         Ok(Some((schema, batch.map_err(|error| ApiError::internal(&error))?)))
     }
+}
+
+/// The columns of `batch` under these names.
+fn named(batch: &RecordBatch, names: &[String]) -> Schema {
+    let fields = batch.schema();
+    let named = fields.fields().iter().zip(names).map(|(field, name)| field.as_ref().clone().with_name(name));
+    Schema::new(named.collect::<Vec<Field>>())
 }
 
 /// What a statement asks for: columns of the row with a primary key.
@@ -135,7 +167,8 @@ pub(super) fn by_key(
     namespace: Option<&str>,
     params: &[&RawValue],
 ) -> Option<ByKey> {
-    let select = plain_select(statement)?;
+    let (select, limit) = plain_select(statement, None)?;
+    limits_to_some(limit)?;
     let source = Source::of(select, snapshot, namespace)?;
     let (columns, names) = source.columns(&select.projection)?;
     let mut given: Vec<Option<&Expr>> = vec![None; source.table.columns.len()];
@@ -159,7 +192,8 @@ pub(super) fn count(
     snapshot: &Snapshot,
     namespace: Option<&str>,
 ) -> Option<(Arc<TableEntry>, String)> {
-    let select = plain_select(statement)?;
+    let (select, limit) = plain_select(statement, None)?;
+    limits_to_some(limit)?;
     let source = Source::of(select, snapshot, namespace)?;
     let (expr, name) = match select.projection.as_slice() {
         [SelectItem::UnnamedExpr(expr)] => (expr, "count(*)".to_owned()),
@@ -188,13 +222,16 @@ fn counts_rows(expr: &Expr) -> bool {
     all && clauses.is_empty() && within_group.is_empty() && folded(name) == "count"
 }
 
-/// The SELECT of a query without WITH, ORDER BY and so on; LIMIT may be a number but 0.
-fn plain_select(statement: &ast::Statement) -> Option<&Select> {
+/// The SELECT of a query without WITH and so on, and its LIMIT; with ORDER BY only where `order` takes it.
+fn plain_select<'s>(
+    statement: &'s ast::Statement,
+    order: Option<&mut Option<&'s OrderBy>>,
+) -> Option<(&'s Select, Option<&'s LimitClause>)> {
     let ast::Statement::Query(query) = statement else { return None };
     let Query {
         with: None,
         body,
-        order_by: None,
+        order_by,
         limit_clause,
         fetch: None,
         locks,
@@ -206,7 +243,11 @@ fn plain_select(statement: &ast::Statement) -> Option<&Select> {
     else {
         return None;
     };
-    let limited = limit_clause.as_ref().is_none_or(limits_to_some);
+    match (order_by, order) {
+        (None, _) => {}
+        (Some(by), Some(order)) => *order = Some(by),
+        (Some(_), None) => return None,
+    }
     let SetExpr::Select(select) = &**body else { return None };
     // Every field by name: one that a later parser adds does not go unseen.
     let Select {
@@ -247,15 +288,121 @@ fn plain_select(statement: &ast::Statement) -> Option<&Select> {
         && distribute_by.is_empty()
         && sort_by.is_empty()
         && named_window.is_empty();
-    (limited && plain && locks.is_empty() && pipe_operators.is_empty()).then_some(select)
+    (plain && locks.is_empty() && pipe_operators.is_empty()).then_some((select, limit_clause.as_ref()))
 }
 
-fn limits_to_some(limit: &LimitClause) -> bool {
+/// What `LIMIT n` without OFFSET says.
+fn limit_of(limit: &LimitClause) -> Option<&Literal> {
     let LimitClause::LimitOffset { limit: Some(Expr::Value(limit)), offset: None, limit_by } = limit else {
-        return false;
+        return None;
     };
-    let Literal::Number(text, false) = &limit.value else { return false };
-    limit_by.is_empty() && all_digits(text) && text.parse::<i64>().is_ok_and(|limit| limit > 0)
+    limit_by.is_empty().then_some(&limit.value)
+}
+
+/// Whether a query that finds one row may give it: LIMIT may be a number but 0.
+fn limits_to_some(limit: Option<&LimitClause>) -> Option<()> {
+    let Some(limit) = limit else { return Some(()) };
+    let Literal::Number(text, false) = limit_of(limit)? else { return None };
+    (all_digits(text) && text.parse::<i64>().is_ok_and(|limit| limit > 0)).then_some(())
+}
+
+/// Most rows by order that are taken: from there on planning is a small part of the work.
+const ORDERED_ROWS_MAX: usize = 1_000;
+
+/// What a statement asks for: columns of the first or last rows by primary key.
+#[derive(Debug, PartialEq)]
+pub(super) struct ByOrder {
+    table: Arc<TableEntry>,
+    /// Positions in the table's Arrow schema.
+    columns: Vec<usize>,
+    /// What the answer calls them.
+    names: Vec<String>,
+    window: Window,
+    /// How many parameters it takes, each once.
+    parameters: usize,
+}
+
+/// What a column is compared with.
+#[derive(Clone, Copy, Default)]
+struct Compared<'e> {
+    equal: Option<&'e Expr>,
+    /// With whether the bound itself is meant, too.
+    above: Option<(&'e Expr, bool)>,
+    below: Option<(&'e Expr, bool)>,
+}
+
+/// `SELECT columns FROM t WHERE` the first key columns `= …` and the next one is in a range `ORDER BY` the key `LIMIT n`;
+/// `None`: it is something else, or may mean something else.
+pub(super) fn by_order(
+    statement: &ast::Statement,
+    snapshot: &Snapshot,
+    namespace: Option<&str>,
+    params: &[&RawValue],
+) -> Option<ByOrder> {
+    let mut order = None;
+    let (select, limit) = plain_select(statement, Some(&mut order))?;
+    let source = Source::of(select, snapshot, namespace)?;
+    let (columns, names) = source.columns(&select.projection)?;
+    // Files are read without them.
+    if columns.iter().any(|at| *at >= source.table.columns.len()) {
+        return None;
+    }
+    let mut compared = vec![Compared::default(); source.table.columns.len()];
+    if let Some(selection) = &select.selection {
+        source.ranges(selection, &mut compared)?;
+    }
+    let key = source.table.key_positions();
+    let equal = key.iter().take_while(|at| compared[**at].equal.is_some()).count();
+    let others = || compared.iter().enumerate().filter(|(at, _)| !key.iter().take(equal + 1).any(|key| key == at));
+    let one_is_compared = |one: &Compared<'_>| one.equal.is_some() || one.above.is_some() || one.below.is_some();
+    if equal == key.len() || others().any(|(_, one)| one_is_compared(one)) {
+        return None;
+    }
+    let descending = source.direction(order?, &columns, &names, &key, equal)?;
+    let mut used = vec![false; params.len()];
+    let mut value = |expr: &Expr, at: usize| value(expr, &source.table.columns[at], params, &mut used);
+    let mut prefix = Vec::with_capacity(equal);
+    for at in key.iter().take(equal) {
+        prefix.push(value(compared[*at].equal?, *at)?);
+    }
+    let next = key[equal];
+    let with = |last: Value| key::encode(&prefix.iter().cloned().chain([last]).collect::<Vec<_>>());
+    let mut range = KeyRange::beginning_with(&key::encode(&prefix));
+    if equal == 0 {
+        range = KeyRange::default();
+    }
+    let Compared { above, below, .. } = compared[next];
+    // The order of texts of these types is not that of their values for every way to write them.
+    if (above.is_some() || below.is_some()) && matches!(source.table.columns[next].ty, ColumnType::Uuid) {
+        return None;
+    }
+    if let Some((bound, inclusive)) = above {
+        let bound = with(value(bound, next)?);
+        range.from = if inclusive { bound } else { key::after(&bound)? };
+    }
+    if let Some((bound, inclusive)) = below {
+        let bound = with(value(bound, next)?);
+        range.to = if inclusive { Some(key::after(&bound)?) } else { Some(bound) };
+    }
+    let limit = match limit_of(limit?)? {
+        Literal::Number(text, false) => text.as_str(),
+        Literal::Placeholder(name) => {
+            let number: usize = name.strip_prefix('$')?.parse().ok()?;
+            let at = number.checked_sub(1)?;
+            if *name != format!("${number}") || std::mem::replace(used.get_mut(at)?, true) {
+                return None;
+            }
+            params.get(at)?.get()
+        }
+        _ => return None,
+    };
+    let limit = Some(limit).filter(|limit| all_digits(limit))?.parse().ok()?;
+    if !(1..=ORDERED_ROWS_MAX).contains(&limit) {
+        return None;
+    }
+    let parameters = used.iter().filter(|used| **used).count();
+    let window = Window { range, limit, descending };
+    Some(ByOrder { table: source.table, columns, names, window, parameters })
 }
 
 /// The one table that a SELECT reads.
@@ -329,6 +476,64 @@ impl Source {
             }
             _ => false,
         }
+    }
+
+    /// As [`Source::comparisons`], with `<` and its like.
+    fn ranges<'e>(&self, expr: &'e Expr, compared: &mut [Compared<'e>]) -> Option<()> {
+        let Expr::BinaryOp { left, op, right } = expr else { return None };
+        if *op == BinaryOperator::And {
+            self.ranges(left, compared)?;
+            return self.ranges(right, compared);
+        }
+        let (at, value, turned) = match (self.column(left), self.column(right)) {
+            (Some((at, _)), None) => (at, &**right, false),
+            (None, Some((at, _))) => (at, &**left, true),
+            _ => return None,
+        };
+        let column = compared.get_mut(at)?;
+        if column.equal.is_some() {
+            return None;
+        }
+        let twice = match (op, turned) {
+            (BinaryOperator::Eq, _) if column.above.is_none() && column.below.is_none() => column.equal.replace(value).is_some(),
+            (BinaryOperator::Gt, false) | (BinaryOperator::Lt, true) => column.above.replace((value, false)).is_some(),
+            (BinaryOperator::GtEq, false) | (BinaryOperator::LtEq, true) => {
+                column.above.replace((value, true)).is_some()
+            }
+            (BinaryOperator::Lt, false) | (BinaryOperator::Gt, true) => column.below.replace((value, false)).is_some(),
+            (BinaryOperator::LtEq, false) | (BinaryOperator::GtEq, true) => {
+                column.below.replace((value, true)).is_some()
+            }
+            _ => return None,
+        };
+        (!twice).then_some(())
+    }
+
+    /// Whether the rows come with the greatest key first: ORDER BY names the key columns at `key`, in their order, but
+    /// perhaps those of the first `equal`, which are the same in all rows. `None`: it is another order.
+    fn direction(
+        &self,
+        order: &OrderBy,
+        columns: &[usize],
+        names: &[String],
+        key: &[usize],
+        equal: usize,
+    ) -> Option<bool> {
+        let OrderBy { kind: OrderByKind::Expressions(by), interpolate: None } = order else { return None };
+        let first = key.len().checked_sub(by.len()).filter(|first| *first <= equal)?;
+        let mut descending = None;
+        for (OrderByExpr { expr, options, with_fill }, wanted) in by.iter().zip(&key[first..]) {
+            let (at, name) = self.column(expr)?;
+            // A name of the answer goes before that of a column.
+            let answered = matches!(expr, Expr::Identifier(_)).then(|| names.iter().position(|other| *other == name));
+            let other = answered.flatten().is_some_and(|shown| columns[shown] != at);
+            let down = options.asc == Some(false);
+            if at != *wanted || other || with_fill.is_some() || descending.is_some_and(|other| other != down) {
+                return None;
+            }
+            descending = Some(down);
+        }
+        descending
     }
 
     /// Notes what each column is compared with, by the column's position. `None` if `expr` is more than such comparisons
