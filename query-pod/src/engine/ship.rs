@@ -111,8 +111,11 @@ struct Asked {
 
 struct Request {
     asked: Asked,
-    done: oneshot::Sender<Result<(), ShipError>>,
+    done: oneshot::Sender<Shipped>,
 }
+
+/// What the rows got that a round was asked to bring.
+type Shipped = Result<Option<Stamps>, ShipError>;
 
 impl Request {
     /// About what it takes in its object.
@@ -375,27 +378,27 @@ impl Engine {
 
     /// Waits until former incarnations are fenced in `root` and what they had committed is published.
     pub(super) async fn open_stream(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
-        self.request(root, Asked::default()).await
+        self.request(root, Asked::default()).await.map(drop)
     }
 
     /// Makes sure that the data of `root` is ours still: an idle process does not hear of it when it is fenced.
     pub(super) async fn prove_ownership(self: &Arc<Self>, root: &RootKey) -> Result<(), ShipError> {
-        self.request(root, Asked { proof: true, ..Asked::default() }).await
+        self.request(root, Asked { proof: true, ..Asked::default() }).await.map(drop)
     }
 
     /// Commits `edit` in the stream of `root` and publishes it.
     pub(super) async fn ship(self: &Arc<Self>, root: &RootKey, edit: Edit) -> Result<(), ShipError> {
-        self.request(root, Asked { edit: Some(edit), ..Asked::default() }).await
+        self.request(root, Asked { edit: Some(edit), ..Asked::default() }).await.map(drop)
     }
 
     /// Commits rows in the stream of `root`, and then to the buffer. They may be there, or appear later, after an error
-    /// that does not say otherwise.
+    /// that does not say otherwise. Returns what they got.
     pub(super) async fn ship_rows(
         self: &Arc<Self>,
         root: &RootKey,
         instance: InstanceId,
         rows: Vec<EncodedRow>,
-    ) -> Result<(), ShipError> {
+    ) -> Result<Option<Stamps>, ShipError> {
         self.shippers.note_stored_first(root)?;
         let bytes: usize = rows.iter().map(|row| row.key.len() + row.value.len()).sum();
         let bytes = u32::try_from(bytes + STATEMENT_BYTES).unwrap_or(u32::MAX).min(STATEMENTS_BYTES_MAX);
@@ -466,7 +469,7 @@ impl Engine {
         self.running(root).is_ok_and(|running| running.open.load(Ordering::Acquire))
     }
 
-    async fn request(self: &Arc<Self>, root: &RootKey, asked: Asked) -> Result<(), ShipError> {
+    async fn request(self: &Arc<Self>, root: &RootKey, asked: Asked) -> Shipped {
         self.check_owned()?;
         let (done, answer) = oneshot::channel();
         let ended = || self.check_owned().map_or_else(ShipError::from, |()| ShipError::Stopping);
@@ -570,7 +573,7 @@ struct Statement {
     instance: InstanceId,
     rows: Vec<EncodedRow>,
     stamps: Stamps,
-    done: oneshot::Sender<Result<(), ShipError>>,
+    done: oneshot::Sender<Shipped>,
 }
 
 /// Commits and applies what is asked for and what waits. Fails when there can be no further round.
@@ -642,7 +645,7 @@ async fn round(
     }
     for done in waiting {
         // The flush may have been given up; its edit is published all the same.
-        let _ = done.send(outcome.clone());
+        let _ = done.send(outcome.clone().map(|()| None));
     }
     outcome
 }
@@ -663,7 +666,7 @@ async fn apply_all(engine: &Arc<Engine>, statements: Vec<Statement>) -> Result<(
                     outcome = apply(&engine, instance, rows, stamps).await;
                 }
                 // Whoever asked may be gone.
-                let _ = done.send(outcome.clone());
+                let _ = done.send(outcome.clone().map(|()| Some(stamps)));
             }
             outcome
         });

@@ -13,7 +13,7 @@ use kalamdb_model::{Owner, TableEntry, Value};
 use kalamdb_table_store::Positions;
 use kalamdb_table_store::manifest::{Manifest, Placed};
 use kalamdb_write_buffer::row::{self, RowView};
-use kalamdb_write_buffer::{CommitError, EncodedRow, Fresh, RowError};
+use kalamdb_write_buffer::{CommitError, EncodedRow, Fresh, RowError, Stamps};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use super::instance::{Instance, InstanceError, View};
@@ -265,11 +265,11 @@ impl Writing {
         Ok(rows)
     }
 
-    /// Writes new rows: all of them, durably, or none.
+    /// Writes new rows: all of them, durably, or none. Returns what they got; `None` if there are none.
     ///
     /// # Errors
     /// [`WriteError::Exists`] if one exists already or is twice in `rows`.
-    pub async fn insert(mut self, rows: Vec<NewRow>) -> Result<u64, WriteError> {
+    pub async fn insert(mut self, rows: Vec<NewRow>) -> Result<Option<Stamps>, WriteError> {
         if !rows.is_sorted_by(|one, other| one.key < other.key) {
             let mut keys = HashSet::with_capacity(rows.len());
             if let Some(index) = rows.iter().position(|row| !keys.insert(row.key.as_slice())) {
@@ -284,14 +284,15 @@ impl Writing {
     }
 
     /// Writes `put`, whether or not there are rows with those keys, and deletes the rows of `delete`, of which the last
-    /// values are kept: all of it, durably, or nothing. No key may come twice. Returns how many rows that are.
+    /// values are kept: all of it, durably, or nothing. No key may come twice. Returns what the rows got, those of
+    /// `put` before those of `delete`; `None` if there are none.
     ///
     /// # Errors
     /// See [`WriteError`].
-    pub async fn commit(mut self, put: Vec<NewRow>, delete: Vec<NewRow>) -> Result<u64, WriteError> {
+    pub async fn commit(mut self, put: Vec<NewRow>, delete: Vec<NewRow>) -> Result<Option<Stamps>, WriteError> {
         let count = (put.len() + delete.len()) as u64;
         if count == 0 {
-            return Ok(0);
+            return Ok(None);
         }
         self.look_up(put.iter().chain(&delete).map(|row| row.key.as_slice())).await?;
         let deleted = delete.into_iter().map(|mut row| {
@@ -309,8 +310,8 @@ impl Writing {
         let _room = engine.take_room(&self.instance, &rows)?;
         // The hold keeps it from moving.
         let (root, id) = (self.instance.root(&self.table), self.instance.id.clone());
-        if self.instance.stores_first.load(Ordering::Relaxed) {
-            engine.ship_rows(&root, id, rows).await?;
+        let stamps = if self.instance.stores_first.load(Ordering::Relaxed) {
+            engine.ship_rows(&root, id, rows).await?
         } else {
             let ships = engine.storages.ships_rows(&engine.catalog.current(), &root);
             let copies = ships.then(|| rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect());
@@ -319,10 +320,11 @@ impl Writing {
             if let Some(copies) = copies {
                 engine.ship_later(&root, &id, copies, committed)?;
             }
-        }
+            Some(Stamps { first_seq: committed.first_seq, updated_us: committed.updated_us })
+        };
         engine.metrics.rows_written.inc_by(count);
         engine.look_at_place(&self.table, &self.instance);
-        Ok(count)
+        Ok(stamps)
     }
 }
 

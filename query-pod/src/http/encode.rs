@@ -14,9 +14,11 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use base64::Engine as _;
 use bytes::Bytes;
 use kalamdb_model::ColumnType;
+use kalamdb_write_buffer::Stamps;
 
 use super::body::{self, Room};
 use crate::error::{ApiError, Kind};
+use crate::shares::Share;
 
 /// What every answer of a statement that succeeded begins with.
 const BEGIN: &str = r#"{"status":"success","results":["#;
@@ -52,15 +54,44 @@ impl Answer {
 pub struct Encoder {
     columns: Vec<Output>,
     room: Room,
-    pieces: Vec<Bytes>,
+    pieces: Vec<Piece>,
     /// What is no piece yet.
     open: String,
+    /// Of `open`.
+    gaps: Vec<Gap>,
     /// Bytes of rows so far, and those of them that are in pieces.
     rows_bytes: usize,
     counted_bytes: usize,
     rows: u64,
     bytes_max: usize,
 }
+
+/// Rows that are counted until they are sent.
+struct Piece {
+    text: String,
+    gaps: Vec<Gap>,
+    share: Share,
+}
+
+/// A value that rows get when they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stamped {
+    /// `_seq`.
+    Seq,
+    /// `_updated`.
+    Updated,
+}
+
+/// Where in a text such a value comes to stand, in the place of [`GAP`].
+struct Gap {
+    at: usize,
+    value: Stamped,
+    /// The row's place in its statement, counted from 0.
+    row: i64,
+}
+
+/// As long as the longest value, so that none makes an answer larger than it was when it was checked.
+const GAP: &str = r#""-9223372036854775808""#;
 
 /// How one column is written.
 struct Output {
@@ -77,13 +108,25 @@ enum Cast {
     Json,
     /// What has no type of ours, as the text that Arrow shows.
     Text,
+    /// The array has the places of rows that are to be written.
+    Stamped(Stamped),
 }
 
 impl Encoder {
     /// An encoder for batches of `schema` that refuses more than `bytes_max` bytes of rows, and keeps them in `room`.
     #[must_use]
     pub fn new(schema: &Schema, bytes_max: usize, room: Room) -> Self {
-        let columns: Vec<Output> = schema.fields().iter().map(|field| Output::of(field)).collect();
+        Self::of_unwritten(schema, &[], bytes_max, room)
+    }
+
+    /// An encoder for rows that are to be written. Where `stamped` says, their batches have no values yet but the places
+    /// of the rows in the statement, 64-bit integers from 0 on.
+    #[must_use]
+    pub fn of_unwritten(schema: &Schema, stamped: &[(usize, Stamped)], bytes_max: usize, room: Room) -> Self {
+        let mut columns: Vec<Output> = schema.fields().iter().map(|field| Output::of(field)).collect();
+        for (at, value) in stamped {
+            columns[*at] = Output::stamped(*value);
+        }
         let described: Vec<serde_json::Value> = schema
             .fields()
             .iter()
@@ -94,7 +137,8 @@ impl Encoder {
             })
             .collect();
         let open = format!(r#"{BEGIN}{{"schema":{},"rows":["#, serde_json::Value::Array(described));
-        Self { columns, room, pieces: Vec::new(), open, rows_bytes: 0, counted_bytes: 0, rows: 0, bytes_max }
+        let (pieces, gaps) = (Vec::new(), Vec::new());
+        Self { columns, room, pieces, open, gaps, rows_bytes: 0, counted_bytes: 0, rows: 0, bytes_max }
     }
 
     /// Adds the rows of `batch`.
@@ -115,7 +159,14 @@ impl Encoder {
                 if index > 0 {
                     self.open.push(',');
                 }
-                write_value(&mut self.open, array, row, &output.ty);
+                match output.cast {
+                    Cast::Stamped(value) => {
+                        let row = array.as_primitive::<Int64Type>().value(row);
+                        self.gaps.push(Gap { at: self.open.len(), value, row });
+                        self.open.push_str(GAP);
+                    }
+                    _ => write_value(&mut self.open, array, row, &output.ty),
+                }
                 // After each value: a row may name one large value a thousand times.
                 if self.rows_bytes + (self.open.len() - before) > self.bytes_max {
                     let message =
@@ -138,7 +189,7 @@ impl Encoder {
         self.counted_bytes = self.rows_bytes;
         let mut text = std::mem::take(&mut self.open);
         text.shrink_to_fit();
-        self.pieces.push(body::piece(text, share));
+        self.pieces.push(Piece { text, gaps: std::mem::take(&mut self.gaps), share });
         Ok(())
     }
 
@@ -146,8 +197,36 @@ impl Encoder {
     #[must_use]
     pub fn finish(mut self) -> Answer {
         self.open.push_str(&format!(r#"],"row_count":{},"message":null}}"#, self.rows));
-        Answer { pieces: self.pieces, open: self.open }
+        let pieces = self.pieces.into_iter().map(|piece| body::piece(piece.text, piece.share));
+        Answer { pieces: pieces.collect(), open: self.open }
     }
+
+    /// The answer of a statement that has written its rows.
+    #[must_use]
+    pub fn finish_written(mut self, stamps: Stamps) -> Answer {
+        for piece in &mut self.pieces {
+            fill(&mut piece.text, &piece.gaps, stamps);
+        }
+        fill(&mut self.open, &self.gaps, stamps);
+        self.finish()
+    }
+}
+
+/// Writes what the rows got into the gaps of `text`.
+fn fill(text: &mut String, gaps: &[Gap], stamps: Stamps) {
+    let mut filled = String::with_capacity(text.len());
+    let mut from = 0;
+    for gap in gaps {
+        filled.push_str(&text[from..gap.at]);
+        // Writing to a String cannot fail.
+        let _ = match gap.value {
+            Stamped::Seq => write!(filled, "\"{}\"", stamps.first_seq + gap.row),
+            Stamped::Updated => write!(filled, "{}", stamps.updated_us),
+        };
+        from = gap.at + GAP.len();
+    }
+    filled.push_str(&text[from..]);
+    *text = filled;
 }
 
 impl Output {
@@ -170,6 +249,14 @@ impl Output {
         }
     }
 
+    fn stamped(value: Stamped) -> Self {
+        let ty = match value {
+            Stamped::Seq => ColumnType::BigInt,
+            Stamped::Updated => ColumnType::Timestamp,
+        };
+        Self { ty, cast: Cast::Stamped(value) }
+    }
+
     fn convert(&self, array: &ArrayRef) -> Result<ArrayRef, ApiError> {
         let failed = |error: arrow::error::ArrowError| ApiError::invalid("INVALID_VALUE", error.to_string());
         match &self.cast {
@@ -186,6 +273,7 @@ impl Output {
             }
             Cast::Json => json_texts(array).map_err(failed),
             Cast::Text => texts(array).map_err(failed),
+            Cast::Stamped(_) => Ok(Arc::clone(array)),
         }
     }
 }
@@ -389,6 +477,33 @@ mod tests {
         let head = encoder.open.len();
         assert_eq!(encoder.push(&batch).await.expect_err("too large").code, "ANSWER_TOO_LARGE");
         assert!(encoder.open.len() - head < 12_000, "{} bytes", encoder.open.len() - head);
+    }
+
+    #[tokio::test]
+    async fn what_rows_get_when_they_are_written_stands_in_each_of_them() {
+        const ROWS: i64 = 10_000;
+        let field = |name: &str| Field::new(name, DataType::Int64, false);
+        let schema = Arc::new(Schema::new(vec![field("at"), field("n"), field("s")]));
+        let places: ArrayRef = Arc::new(Int64Array::from_iter_values(0..ROWS));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), vec![places; 3]).expect("batch");
+        let room = || Room::new(Arc::new(Shares::halves(1 << 30)), UserId::new("a").expect("valid"));
+        let stamped = [(2, Stamped::Seq), (0, Stamped::Updated)];
+        let mut encoder = Encoder::of_unwritten(&schema, &stamped, 1 << 20, room());
+        encoder.push(&batch).await.expect("room");
+        assert!(encoder.pieces.len() > 1);
+        let stamps = Stamps { first_seq: i64::MAX - ROWS, updated_us: -7 };
+        let answer = json(&encoder.finish_written(stamps).into_pieces(1.5, ()))["results"][0].clone();
+        let types: Vec<_> =
+            (0..3_usize).map(|at| answer["schema"][at]["data_type"].as_str().expect("a type")).collect();
+        assert_eq!(types, ["Timestamp", "BigInt", "BigInt"]);
+        let expected = |row: i64| serde_json::json!([-7, row.to_string(), (stamps.first_seq + row).to_string()]);
+        assert_eq!(answer["rows"], serde_json::Value::Array((0..ROWS).map(expected).collect()));
+        // The limit is held whatever they get.
+        let longest = 2 * GAP.len() + r#",[,"0",]"#.len();
+        let mut encoder = Encoder::of_unwritten(&schema, &stamped, 10 * longest, room());
+        encoder.push(&batch.slice(0, 10)).await.expect("as large as it may be");
+        let mut encoder = Encoder::of_unwritten(&schema, &stamped, 9 * longest, room());
+        assert_eq!(encoder.push(&batch.slice(0, 10)).await.expect_err("too large").code, "ANSWER_TOO_LARGE");
     }
 
     #[tokio::test]

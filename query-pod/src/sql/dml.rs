@@ -2,7 +2,7 @@
 //!
 //! A statement that reads what it writes holds its instance from before its first look until its commit is applied, so
 //! nothing changes in between. All of it is checked and computed, RETURNING too, before anything is written; the commit
-//! itself is one.
+//! itself is one. What it settles, `_seq` and `_updated`, is put into the answer afterwards, which cannot fail.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 use datafusion::datasource::MemTable;
 use kalamdb_model::{Column, Owner, TableEntry, Value, key};
 use kalamdb_table_store::values;
-use kalamdb_write_buffer::{BatchBuilder, row};
+use kalamdb_write_buffer::{BatchBuilder, Stamps, row};
 
 use super::assign::{Evaluate, targets, writable};
 use super::parse::{QueryStatement, TableRef};
-use super::parse_dml::{Assignments, Conflict, Delete, EXCLUDED, Insert, ROW, SetTo, Source, Update};
+use super::parse_dml::{Assignments, Conflict, Delete, EXCLUDED, Insert, ROW, ROWS, Returning, SetTo, Source, Update};
 use super::query::check_parameters;
 use super::session::Given;
 use super::{Request, Sql, assign, engine_errors, fast, owner_for};
@@ -106,9 +106,6 @@ impl Sql {
                 target.of_query(&evaluate, &into, query).await?
             }
         };
-        if rows.is_empty() {
-            return target.answer(Changes::default(), returning.as_ref(), "inserted").await.map(|(_, answer)| answer);
-        }
         let Some(conflict) = conflict else {
             let changes = Changes { count: rows.len() as u64, put: rows, delete: Vec::new() };
             return target.insert_all(held, changes, generated, returning.as_ref()).await;
@@ -460,11 +457,7 @@ impl Target<'_> {
             let values = existing.remove(&row.key).ok_or_else(|| internal("a row that exists has no values"))?;
             old.push(Row { key: row.key.clone(), values });
         }
-        let namespace = self.table.name.namespace.to_string();
-        let given = vec![
-            Given::new(&namespace, self.table.name.table.as_str(), self.numbered(&old)?),
-            Given::new(&namespace, EXCLUDED, self.numbered(&proposed)?),
-        ];
+        let given = vec![Given::new(ROWS, self.numbered(&old)?), Given::new(EXCLUDED, self.numbered(&proposed)?)];
         for batch in self.sql.rows(self.request, self.snapshot, query, given).await?.1 {
             let numbers = batch.column(0).as_primitive::<Int64Type>();
             let chosen: Vec<&Row> = numbers
@@ -502,29 +495,24 @@ impl Target<'_> {
         builder.finish().map_err(|error| ApiError::internal(&error))
     }
 
-    /// The answer of a statement, which is computed before its commit: what fails in RETURNING writes nothing.
-    async fn answer(
-        &self,
-        changes: Changes,
-        returning: Option<&QueryStatement>,
-        verb: &str,
-    ) -> Result<(Changes, Answer), ApiError> {
-        let Some(query) = returning else {
-            let answer = Answer::affected(changes.count, format!("{verb} {} row(s)", changes.count));
-            return Ok((changes, answer));
-        };
-        let rows = if verb == "deleted" { &changes.delete } else { &changes.put };
-        let batch = self.batch(rows)?;
-        let table = MemTable::try_new(batch.schema(), vec![vec![batch]]).map_err(|error| ApiError::internal(&error))?;
-        let name = &self.table.name;
-        let given = vec![Given::new(name.namespace.as_str(), name.table.as_str(), table)];
-        let (schema, batches) = self.sql.rows(self.request, self.snapshot, query, given).await?;
+    /// What RETURNING says, but what the commit settles. Before it: what fails in RETURNING writes nothing.
+    async fn returned(&self, changes: &Changes, returning: Option<&Returning>) -> Result<Option<Encoder>, ApiError> {
+        let Some(returning) = returning else { return Ok(None) };
+        if let Some(name) = returning.aggregate(|name| self.sql.sessions.is_aggregate(name)) {
+            let message = format!("RETURNING gives each row that is written, and `{name}` makes one of many");
+            return Err(ApiError::invalid("INVALID_SQL", message));
+        }
+        // In the order in which they get their numbers.
+        let rows = if returning.deleted { &changes.delete } else { &changes.put };
+        let given = vec![Given::new(ROWS, self.numbered(rows)?)];
+        let (query, stamped) = returning.query(&self.table)?;
+        let (schema, batches) = self.sql.rows(self.request, self.snapshot, &query, given).await?;
         let room = Room::new(Arc::clone(&self.sql.answers_bytes), self.request.identity.user.clone());
-        let mut encoder = Encoder::new(&schema, self.sql.limits.answer_bytes_max, room);
+        let mut encoder = Encoder::of_unwritten(&schema, &stamped, self.sql.limits.answer_bytes_max, room);
         for batch in &batches {
             encoder.push(batch).await?;
         }
-        Ok((changes, encoder.finish()))
+        Ok(Some(encoder))
     }
 
     async fn insert_all(
@@ -532,9 +520,9 @@ impl Target<'_> {
         held: Option<Writing>,
         changes: Changes,
         generated: bool,
-        returning: Option<&QueryStatement>,
+        returning: Option<&Returning>,
     ) -> Result<Answer, ApiError> {
-        let (changes, answer) = self.answer(changes, returning, "inserted").await?;
+        let returned = self.returned(&changes, returning).await?;
         let engine = &self.sql.engine;
         let writing = match held {
             Some(writing) => writing,
@@ -543,23 +531,23 @@ impl Target<'_> {
         };
         let put = self.encoded(&changes.put);
         let shown = |index: usize| assign::shown_key(&self.table, &self.key, &changes.put[index].values);
-        written(async move { writing.insert(put).await })
+        let stamps = written(async move { writing.insert(put).await })
             .await?
             .map_err(|error| engine_errors::of_write(error, shown))?;
-        Ok(answer)
+        Ok(answer(returned, stamps, changes.count, "inserted"))
     }
 
     async fn finish(
         &self,
         writing: Writing,
         changes: Changes,
-        returning: Option<&QueryStatement>,
+        returning: Option<&Returning>,
         verb: &str,
     ) -> Result<Answer, ApiError> {
-        let (changes, answer) = self.answer(changes, returning, verb).await?;
+        let returned = self.returned(&changes, returning).await?;
         let (put, delete) = (self.encoded(&changes.put), self.encoded(&changes.delete));
-        written(async move { writing.commit(put, delete).await }).await?.map_err(of_engine)?;
-        Ok(answer)
+        let stamps = written(async move { writing.commit(put, delete).await }).await?.map_err(of_engine)?;
+        Ok(answer(returned, stamps, changes.count, verb))
     }
 
     fn encoded(&self, rows: &[Row]) -> Vec<NewRow> {
@@ -568,11 +556,20 @@ impl Target<'_> {
     }
 }
 
+/// The answer of a statement that has written `count` rows, which got `stamps` if there are any.
+fn answer(returned: Option<Encoder>, stamps: Option<Stamps>, count: u64, verb: &str) -> Answer {
+    match (returned, stamps) {
+        (None, _) => Answer::affected(count, format!("{verb} {count} row(s)")),
+        (Some(returned), Some(stamps)) => returned.finish_written(stamps),
+        (Some(returned), None) => returned.finish(),
+    }
+}
+
 /// Waits for a commit, which goes on as a task of its own when the client hangs up, or when its storage takes too long: it
 /// must not end between the buffer and its locks.
 async fn written(
-    work: impl Future<Output = Result<u64, WriteError>> + Send + 'static,
-) -> Result<Result<u64, WriteError>, ApiError> {
+    work: impl Future<Output = Result<Option<Stamps>, WriteError>> + Send + 'static,
+) -> Result<Result<Option<Stamps>, WriteError>, ApiError> {
     let joined = tokio::time::timeout(COMMIT_WAIT, tokio::spawn(work)).await;
     joined.map_err(|_| engine_errors::outcome_unknown())?.map_err(|error| ApiError::internal(&error))
 }

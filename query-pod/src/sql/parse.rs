@@ -568,10 +568,15 @@ mod tests {
             "EXPLAIN DELETE FROM t",
             "INSERT INTO t SELECT * INTO v FROM u",
             "INSERT INTO t VALUES (1) ON CONFLICT DO UPDATE SET a = 1",
-            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET a = (SELECT 1)",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = _seq",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = 1 WHERE t._updated IS NULL",
             "INSERT INTO t VALUES (1) ON CONFLICT ON CONSTRAINT c DO NOTHING",
-            "INSERT INTO t VALUES (1) RETURNING _seq",
-            "DELETE FROM t RETURNING (SELECT 1)",
+            "INSERT INTO t VALUES (1) RETURNING _seq + 1",
+            "INSERT INTO t VALUES (1) RETURNING (t._updated)",
+            "UPDATE t SET a = 1 RETURNING t._seq IN (SELECT 1)",
+            "DELETE FROM t RETURNING other._seq",
+            "DELETE FROM t RETURNING CASE WHEN _Deleted THEN 1 END",
+            "DELETE FROM t RETURNING (WITH x AS (DELETE FROM t RETURNING *) SELECT 1 FROM x)",
             "ATTACH DATABASE 'x' AS y",
             "LOAD DATA INPATH 'x' INTO TABLE y",
             "TABLE t",
@@ -580,6 +585,25 @@ mod tests {
         ] {
             let error = parse(sql).expect_err(sql);
             assert!(matches!(error.code, "UNSUPPORTED_STATEMENT" | "SYNTAX_ERROR"), "{sql}: {error}");
+        }
+    }
+
+    #[test]
+    fn returning_and_upserts_take_system_columns_by_themselves_and_subqueries_with_theirs() {
+        for sql in [
+            "INSERT INTO t VALUES (1) RETURNING _seq, _UPDATED AS at, T.\"_deleted\", *",
+            "DELETE FROM t AS x RETURNING x.*, X._seq",
+            "UPDATE t SET a = 1 RETURNING a, (SELECT max(_seq) FROM t WHERE _deleted IS NOT NULL) + 1",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = (SELECT _seq FROM u) WHERE EXISTS (SELECT 1)",
+        ] {
+            assert_eq!(code(sql), None, "{sql}");
+        }
+        for sql in [
+            "DELETE FROM t RETURNING (SELECT * FROM read_csv('x'))",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = (SELECT * FROM read_csv('x'))",
+            "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = 1 WHERE EXISTS (SELECT * FROM read_csv('x'))",
+        ] {
+            assert_eq!(code(sql), Some("UNSUPPORTED_FUNCTION"), "{sql}");
         }
     }
 

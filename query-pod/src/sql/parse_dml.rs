@@ -1,7 +1,8 @@
 //! INSERT, UPDATE and DELETE: from the parser's tree to the parts that are run.
 //!
 //! What such a statement reads becomes a query of its own, which goes through the same checks as any other and is the
-//! only thing that DataFusion sees.
+//! only thing that DataFusion sees. Its own rows, in RETURNING and ON CONFLICT DO UPDATE, are tables of [`GIVEN`]: to
+//! subqueries the table that it writes to is still there, as it was before.
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -9,13 +10,17 @@ use std::ops::ControlFlow;
 use datafusion::sql::sqlparser::ast::{
     self, Assignment, AssignmentTarget, ConflictTarget, Expr, FromTable, Ident, ObjectName, ObjectNamePart,
     OnConflictAction, OnInsert, Query, Select, SelectItem, SelectItemQualifiedWildcardKind, SetExpr, TableFactor,
-    TableObject, TableWithJoins, VisitMut as _, VisitorMut,
+    TableObject, TableWithJoins, VisitMut as _, Visitor, VisitorMut,
 };
 use datafusion::sql::sqlparser::parser::Parser;
+use kalamdb_model::TableEntry;
+use kalamdb_model::names::SYSTEM_COLUMNS;
 
 use super::dialect::KalamDialect;
 use super::parse::{QueryStatement, TableRef, query, refuse, table_ref};
+use super::wildcard;
 use crate::error::ApiError;
+use crate::http::encode::Stamped;
 
 /// The parts of an INSERT.
 #[derive(Debug)]
@@ -29,7 +34,7 @@ pub struct Insert {
     /// `ON CONFLICT`.
     pub conflict: Option<Conflict>,
     /// `RETURNING`.
-    pub returning: Option<QueryStatement>,
+    pub returning: Option<Returning>,
     /// Every `$n` of the statement.
     pub parameters: BTreeSet<String>,
 }
@@ -60,7 +65,7 @@ pub struct Update {
     /// `SET`; its query gives the columns of the table before what is computed.
     pub set: Assignments,
     /// `RETURNING`.
-    pub returning: Option<QueryStatement>,
+    pub returning: Option<Returning>,
     /// Every `$n` of the statement.
     pub parameters: BTreeSet<String>,
 }
@@ -73,7 +78,7 @@ pub struct Delete {
     /// Gives the rows to delete: the columns of the table.
     pub rows: QueryStatement,
     /// `RETURNING`.
-    pub returning: Option<QueryStatement>,
+    pub returning: Option<Returning>,
     /// Every `$n` of the statement.
     pub parameters: BTreeSet<String>,
 }
@@ -87,6 +92,16 @@ pub struct Assignments {
     pub rows: QueryStatement,
 }
 
+/// What is told of each row that a statement writes.
+#[derive(Debug)]
+pub struct Returning {
+    items: Vec<SelectItem>,
+    /// What the table is called in them.
+    alias: Ident,
+    /// Whether the statement deletes the rows.
+    pub deleted: bool,
+}
+
 /// What a column becomes.
 #[derive(Debug)]
 pub enum SetTo {
@@ -96,9 +111,13 @@ pub enum SetTo {
     Computed(usize),
 }
 
-/// Name under which ON CONFLICT knows the row that was to be inserted.
+/// The schema of a statement's own rows. No namespace has such a name.
+pub const GIVEN: &str = "__given";
+/// The table of the rows that exist, for ON CONFLICT, or that are written, for RETURNING.
+pub const ROWS: &str = "rows";
+/// The table of the rows that were to be inserted, and what ON CONFLICT calls it.
 pub const EXCLUDED: &str = "excluded";
-/// Column that pairs rows that exist with those that were to be inserted.
+/// The column of both that tells a row's place among them, counted from 0.
 pub const ROW: &str = "__row";
 
 fn parameters(statement: &impl ast::Visit) -> BTreeSet<String> {
@@ -166,12 +185,12 @@ pub(super) fn insert(mut insert: ast::Insert) -> Result<Insert, ApiError> {
         other => Source::Query(Box::new(query(ast::Statement::Query(Box::new(other)))?)),
     };
     let named = alias.map_or_else(|| last_part(&name), |alias| Ok(alias.alias))?;
-    let conflict = on.map(|on| conflict(on, &name, &named)).transpose()?;
-    let returning = returning.map(|items| self::returning(items, factor(&name, named))).transpose()?;
+    let conflict = on.map(|on| conflict(on, &named)).transpose()?;
+    let returning = returning.map(|items| self::returning(items, named)).transpose()?;
     Ok(Insert { table: target, columns, source, conflict, returning, parameters })
 }
 
-fn conflict(on: OnInsert, table: &ObjectName, alias: &Ident) -> Result<Conflict, ApiError> {
+fn conflict(on: OnInsert, alias: &Ident) -> Result<Conflict, ApiError> {
     let OnInsert::OnConflict(on) = on else { return refuse("ON DUPLICATE KEY") };
     let target = match on.conflict_target {
         None => Vec::new(),
@@ -182,43 +201,54 @@ fn conflict(on: OnInsert, table: &ObjectName, alias: &Ident) -> Result<Conflict,
     if target.is_empty() {
         return refuse("ON CONFLICT DO UPDATE without the columns of the primary key");
     }
-    let row = |of: &Ident| Expr::CompoundIdentifier(vec![of.clone(), Ident::with_quote('"', ROW)]);
     let excluded = Ident::new(EXCLUDED);
     let pairs =
-        Expr::BinaryOp { left: Box::new(row(alias)), op: ast::BinaryOperator::Eq, right: Box::new(row(&excluded)) };
-    let mut other = table.clone();
-    if let Some(last) = other.0.last_mut() {
-        *last = ObjectNamePart::Identifier(excluded.clone());
-    }
+        Expr::BinaryOp { left: Box::new(place(alias)), op: ast::BinaryOperator::Eq, right: Box::new(place(&excluded)) };
     let join = ast::Join {
-        relation: factor(&other, excluded),
+        relation: given(EXCLUDED, excluded),
         global: false,
         join_operator: ast::JoinOperator::Inner(ast::JoinConstraint::On(pairs)),
     };
-    let from = TableWithJoins { relation: factor(table, alias.clone()), joins: vec![join] };
-    let first = SelectItem::UnnamedExpr(row(alias));
+    let from = TableWithJoins { relation: given(ROWS, alias.clone()), joins: vec![join] };
+    let first = SelectItem::UnnamedExpr(place(alias));
     let mut selection = update.selection;
     let mut assignments = update.assignments;
+    let names_system_columns = names_system_column(&assignments) || names_system_column(&selection);
+    no(names_system_columns, "a system column in ON CONFLICT DO UPDATE")?;
     // A bare column is the row that exists.
-    let mut own = OwnColumns { table: alias };
+    let mut own = OwnColumns { table: alias, subqueries: 0 };
     let _ = selection.visit(&mut own);
     for assignment in &mut assignments {
         let _ = assignment.value.visit(&mut own);
     }
     let set = assign(assignments, vec![first], from, selection)?;
-    no_subqueries(&set.rows, "ON CONFLICT DO UPDATE")?;
     Ok(Conflict { target, update: Some(set) })
 }
 
-/// Says of every bare column whose it is.
+/// Says of every bare column whose it is, but in subqueries, which have columns of their own.
 struct OwnColumns<'a> {
     table: &'a Ident,
+    /// Around the expression that is looked at.
+    subqueries: usize,
 }
 
 impl VisitorMut for OwnColumns<'_> {
     type Break = ();
 
+    fn pre_visit_query(&mut self, _: &mut Query) -> ControlFlow<()> {
+        self.subqueries += 1;
+        ControlFlow::Continue(())
+    }
+
+    fn post_visit_query(&mut self, _: &mut Query) -> ControlFlow<()> {
+        self.subqueries -= 1;
+        ControlFlow::Continue(())
+    }
+
     fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+        if self.subqueries > 0 {
+            return ControlFlow::Continue(());
+        }
         let same = |a: &Ident, b: &str| column_name(a) == b;
         match expr {
             Expr::Identifier(ident) if !(ident.quote_style.is_none() && same(ident, "default")) => {
@@ -259,10 +289,9 @@ pub(super) fn update(update: ast::Update) -> Result<Update, ApiError> {
     no(output.is_some() || or.is_some() || !optimizer_hints.is_empty(), "this form of UPDATE")?;
     no(!order_by.is_empty() || limit.is_some(), "UPDATE with ORDER BY or LIMIT")?;
     let (name, alias) = plain_table(&table)?;
-    let from = factor(&name, alias.clone());
-    let own = wildcard_of(&alias);
-    let set = assign(assignments, vec![own], TableWithJoins { relation: from.clone(), joins: Vec::new() }, selection)?;
-    let returning = returning.map(|items| self::returning(items, from)).transpose()?;
+    let from = TableWithJoins { relation: factor(&name, alias.clone()), joins: Vec::new() };
+    let set = assign(assignments, vec![wildcard_of(&alias)], from, selection)?;
+    let returning = returning.map(|items| self::returning(items, alias)).transpose()?;
     Ok(Update { table: table_ref(&name)?, set, returning, parameters })
 }
 
@@ -277,10 +306,10 @@ pub(super) fn delete(delete: ast::Delete) -> Result<Delete, ApiError> {
     let (FromTable::WithFromKeyword(from) | FromTable::WithoutKeyword(from)) = from;
     let [table] = from.as_slice() else { return refuse("DELETE from many tables") };
     let (name, alias) = plain_table(table)?;
-    let from = factor(&name, alias.clone());
-    let source = TableWithJoins { relation: from.clone(), joins: Vec::new() };
-    let rows = select(vec![wildcard_of(&alias)], source, selection)?;
-    let returning = returning.map(|items| self::returning(items, from)).transpose()?;
+    let from = TableWithJoins { relation: factor(&name, alias.clone()), joins: Vec::new() };
+    let rows = select(vec![wildcard_of(&alias)], from, selection)?;
+    let returning = returning.map(|items| self::returning(items, alias)).transpose()?;
+    let returning = returning.map(|returning| Returning { deleted: true, ..returning });
     Ok(Delete { table: table_ref(&name)?, rows, returning, parameters })
 }
 
@@ -325,15 +354,124 @@ fn is_constant(value: &Expr) -> bool {
     }
 }
 
-/// `SELECT items FROM the rows that the statement wrote`: the caller puts those in the place of the table.
-fn returning(items: Vec<SelectItem>, from: TableFactor) -> Result<QueryStatement, ApiError> {
-    items.iter().try_for_each(|item| no_unnest(item, "RETURNING"))?;
-    let rows = select(items, TableWithJoins { relation: from, joins: Vec::new() }, None)?;
-    no_subqueries(&rows, "RETURNING")?;
-    if rows.names_system_columns {
-        return refuse("a system column in RETURNING; select it afterwards");
+/// RETURNING of a statement that calls its table `alias`.
+fn returning(items: Vec<SelectItem>, alias: Ident) -> Result<Returning, ApiError> {
+    for item in &items {
+        no_unnest(item, "RETURNING")?;
+        if system_column(item, &alias).is_none() && names_system_column(item) {
+            let message = "RETURNING takes a system column by itself, as in `RETURNING _seq AS s`, and not within an \
+                           expression: the commit settles it, and what may fail is computed before";
+            return Err(ApiError::invalid("UNSUPPORTED_STATEMENT", message));
+        }
     }
-    Ok(rows)
+    Ok(Returning { items, alias, deleted: false })
+}
+
+impl Returning {
+    /// `SELECT items FROM the rows that are written`: one row for each, in their order. In the columns that the commit
+    /// settles, which are returned too, it has the places of the rows.
+    pub(super) fn query(&self, table: &TableEntry) -> Result<(QueryStatement, Vec<(usize, Stamped)>), ApiError> {
+        let Self { items, alias, deleted } = self;
+        let (mut columns, mut stamped) = (Vec::new(), Vec::new());
+        for item in items {
+            if is_wildcard_of(item, alias) {
+                wildcard::own(table, alias, &mut columns);
+                continue;
+            }
+            let Some((column, name)) = system_column(item, alias) else {
+                columns.push(item.clone());
+                continue;
+            };
+            let value = match column {
+                "_seq" => Some(Stamped::Seq),
+                "_updated" => Some(Stamped::Updated),
+                _ => None,
+            };
+            stamped.extend(value.map(|value| (columns.len(), value)));
+            let known = || Expr::Value(ast::Value::Boolean(*deleted).with_empty_span());
+            let expr = value.map_or_else(known, |_| place(alias));
+            columns.push(SelectItem::ExprWithAlias { expr, alias: name });
+        }
+        let from = TableWithJoins { relation: given(ROWS, alias.clone()), joins: Vec::new() };
+        let mut rows = select(columns, from, None)?;
+        if let ast::Statement::Query(query) = &mut rows.statement {
+            let kind = ast::OrderByKind::Expressions(vec![Ident::with_quote('"', ROW).into()]);
+            query.order_by = Some(ast::OrderBy { kind, interpolate: None });
+        }
+        Ok((rows, stamped))
+    }
+
+    /// A call of a function for which `is_aggregate` holds; it would make one row of many.
+    pub(super) fn aggregate(&self, is_aggregate: impl Fn(&str) -> bool) -> Option<String> {
+        let mut found = None;
+        outside_subqueries(&self.items, |expr| {
+            let Expr::Function(function) = expr else { return false };
+            let name = function.name.to_string().to_ascii_lowercase();
+            let is = function.over.is_none() && is_aggregate(&name);
+            found = is.then_some(name);
+            is
+        });
+        found
+    }
+}
+
+/// The system column that `item` is, and what the answer calls it.
+fn system_column(item: &SelectItem, table: &Ident) -> Option<(&'static str, Ident)> {
+    let (expr, name) = match item {
+        SelectItem::UnnamedExpr(expr) => (expr, None),
+        SelectItem::ExprWithAlias { expr, alias } => (expr, Some(alias)),
+        _ => return None,
+    };
+    let column = match expr {
+        Expr::Identifier(column) => column,
+        Expr::CompoundIdentifier(parts) => match parts.as_slice() {
+            [of, column] if column_name(of) == column_name(table) => column,
+            _ => return None,
+        },
+        _ => return None,
+    };
+    let column = column_name(column);
+    let system = SYSTEM_COLUMNS.into_iter().find(|system| *system == column)?;
+    Some((system, name.cloned().unwrap_or_else(|| Ident::with_quote('"', system))))
+}
+
+/// Whether `part` names a system column. A subquery may name those of the tables that it reads; others are not there.
+fn names_system_column(part: &impl ast::Visit) -> bool {
+    let is_system = |column: &Ident| SYSTEM_COLUMNS.contains(&column_name(column).as_str());
+    outside_subqueries(part, |expr| match expr {
+        Expr::Identifier(column) => is_system(column),
+        Expr::CompoundIdentifier(parts) => parts.last().is_some_and(is_system),
+        _ => false,
+    })
+}
+
+/// Whether `is` holds for an expression of `part` that is in no subquery.
+fn outside_subqueries(part: &impl ast::Visit, is: impl FnMut(&Expr) -> bool) -> bool {
+    ast::Visit::visit(part, &mut Outside { is, subqueries: 0 }).is_break()
+}
+
+struct Outside<F> {
+    is: F,
+    /// Around the expression that is looked at.
+    subqueries: usize,
+}
+
+impl<F: FnMut(&Expr) -> bool> Visitor for Outside<F> {
+    type Break = ();
+
+    fn pre_visit_query(&mut self, _: &Query) -> ControlFlow<()> {
+        self.subqueries += 1;
+        ControlFlow::Continue(())
+    }
+
+    fn post_visit_query(&mut self, _: &Query) -> ControlFlow<()> {
+        self.subqueries -= 1;
+        ControlFlow::Continue(())
+    }
+
+    fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
+        if self.subqueries == 0 && (self.is)(expr) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
 }
 
 fn select(items: Vec<SelectItem>, from: TableWithJoins, selection: Option<Expr>) -> Result<QueryStatement, ApiError> {
@@ -358,14 +496,6 @@ fn no_unnest(part: &impl ast::Visit, place: &str) -> Result<(), ApiError> {
         _ => ControlFlow::Continue(()),
     });
     no(found.is_break(), &format!("`unnest` in {place}"))
-}
-
-fn no_subqueries(rows: &QueryStatement, place: &str) -> Result<(), ApiError> {
-    let found = ast::visit_expressions(&rows.statement, |expr| match expr {
-        Expr::Subquery(_) | Expr::Exists { .. } | Expr::InSubquery { .. } => ControlFlow::Break(()),
-        _ => ControlFlow::Continue(()),
-    });
-    no(found.is_break(), &format!("a subquery in {place}"))
 }
 
 /// A table with the name that its columns are called by.
@@ -404,6 +534,30 @@ fn last_part(name: &ObjectName) -> Result<Ident, ApiError> {
 fn wildcard_of(alias: &Ident) -> SelectItem {
     let name = ObjectName(vec![ObjectNamePart::Identifier(alias.clone())]);
     SelectItem::QualifiedWildcard(SelectItemQualifiedWildcardKind::ObjectName(name), Default::default())
+}
+
+/// Whether `item` is `*` or `alias.*`.
+fn is_wildcard_of(item: &SelectItem, alias: &Ident) -> bool {
+    match item {
+        SelectItem::Wildcard(options) => wildcard::plain(options).is_ok(),
+        SelectItem::QualifiedWildcard(SelectItemQualifiedWildcardKind::ObjectName(name), options) => {
+            let parts: Option<Vec<&Ident>> = name.0.iter().map(ObjectNamePart::as_ident).collect();
+            let named = matches!(parts.as_deref(), Some([part]) if column_name(part) == column_name(alias));
+            named && wildcard::plain(options).is_ok()
+        }
+        _ => false,
+    }
+}
+
+/// The place of a row of `of`.
+fn place(of: &Ident) -> Expr {
+    Expr::CompoundIdentifier(vec![of.clone(), Ident::with_quote('"', ROW)])
+}
+
+/// A table of the statement's own rows.
+fn given(name: &str, alias: Ident) -> TableFactor {
+    let name = [GIVEN, name].map(|part| Ident::with_quote('"', part));
+    factor(&ObjectName::from(name.to_vec()), alias)
 }
 
 fn factor(name: &ObjectName, alias: Ident) -> TableFactor {

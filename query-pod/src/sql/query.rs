@@ -84,7 +84,7 @@ impl Sql {
         self.workers.run(work).await.map_err(|error| ApiError::internal(&error))?
     }
 
-    /// The rows that a statement which writes has to read; `given` are tables that stand in for the catalog's.
+    /// The rows that a statement which writes has to read; `given` are tables of rows of its own.
     pub(super) async fn rows(
         &self,
         request: &Request<'_>,

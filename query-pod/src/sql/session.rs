@@ -20,6 +20,7 @@ use kalamdb_model::{SqlName, StorageName, TableName};
 use object_store::ObjectStore;
 
 use super::parse::TABLE_FUNCTIONS;
+use super::parse_dml::GIVEN;
 use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum, system_tables};
 use crate::auth::Identity;
 use crate::catalog::{CatalogHandle, Snapshot};
@@ -91,6 +92,11 @@ impl Sessions {
         // NOW() is the time at which the statement started; without this DataFusion knows none. It takes the options, too.
         state.mark_start_execution();
         state
+    }
+
+    /// Whether the function of this name makes one value of many rows.
+    pub(super) fn is_aggregate(&self, name: &str) -> bool {
+        self.template.aggregate_functions().contains_key(name)
     }
 
     /// What all queries have taken of their memory.
@@ -186,20 +192,18 @@ pub(super) struct Visible {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) identity: Identity,
     pub(super) system_columns: bool,
-    /// Looked at before the catalog.
     given: Vec<Given>,
 }
 
-/// Rows of a statement that stand in for a table, in one query.
+/// Rows of a statement as a table of [`GIVEN`], in one query.
 pub(super) struct Given {
-    namespace: String,
-    table: String,
+    name: &'static str,
     rows: Arc<MemTable>,
 }
 
 impl Given {
-    pub(super) fn new(namespace: &str, table: &str, rows: MemTable) -> Self {
-        Self { namespace: namespace.to_owned(), table: table.to_owned(), rows: Arc::new(rows) }
+    pub(super) fn new(name: &'static str, rows: MemTable) -> Self {
+        Self { name, rows: Arc::new(rows) }
     }
 }
 
@@ -270,9 +274,9 @@ impl SchemaProvider for Tables {
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
-        let given = self.visible.given.iter().find(|given| given.namespace == self.schema && given.table == name);
-        if let Some(given) = given {
-            return Ok(Some(Arc::clone(&given.rows) as Arc<dyn TableProvider>));
+        if self.schema == GIVEN {
+            let given = self.visible.given.iter().find(|given| given.name == name);
+            return Ok(given.map(|given| Arc::clone(&given.rows) as Arc<dyn TableProvider>));
         }
         if self.schema == information_schema::NAME {
             return information_schema::table(&self.visible, name);

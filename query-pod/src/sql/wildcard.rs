@@ -34,6 +34,11 @@ pub(super) fn expand(
     }
 }
 
+/// Writes out `alias.*` of a table.
+pub(super) fn own(table: &TableEntry, alias: &Ident, out: &mut Vec<SelectItem>) {
+    write_out(&Source { qualifier: vec![alias.clone()], columns: Some(own_columns(table, None)) }, out);
+}
+
 struct Expand<'a> {
     snapshot: &'a Snapshot,
     namespace: Option<&'a str>,

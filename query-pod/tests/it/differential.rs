@@ -234,7 +234,7 @@ fn statement(rng: &mut StdRng, shape: &Shape) -> String {
         if rng.random_range(0..4) == 0 { format!(" RETURNING {}", shape.columns.join(", ")) } else { String::new() };
     let number = shape.columns.iter().find(|name| ["num", "v"].contains(name)).copied().unwrap_or("num");
     let key = shape.key.join(", ");
-    match rng.random_range(0..22) {
+    match rng.random_range(0..23) {
         0..=4 => format!("INSERT INTO {table} VALUES {}{returning}", many(rng)),
         5 => format!("INSERT INTO {table} VALUES {} ON CONFLICT DO NOTHING", many(rng)),
         6 => format!(
@@ -271,6 +271,11 @@ fn statement(rng: &mut StdRng, shape: &Shape) -> String {
             condition(rng, shape),
             if rng.random() { "ASC" } else { "DESC" },
             rng.random_range(0..5)
+        ),
+        21 => format!(
+            "INSERT INTO {table} VALUES {} ON CONFLICT ({key}) DO UPDATE SET {number} = (SELECT min({number}) FROM {table}) \
+             WHERE EXISTS (SELECT 1 FROM {table} o WHERE o.{number} > excluded.{number}){returning}",
+            values(rng)
         ),
         _ => format!(
             "SELECT count(*) FROM {table} x JOIN {table} y ON x.{number} = y.{number} WHERE x.{number} > {}",

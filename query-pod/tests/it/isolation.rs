@@ -123,6 +123,9 @@ const SHAPES: &[&str] = &[
     "INSERT INTO app.secrets VALUES (0, 'again', 1)",
     "INSERT INTO app.secrets VALUES (1, 'again', 1), (1000, 'x', 1)",
     "INSERT INTO app.other SELECT * FROM app.other",
+    "UPDATE app.other SET id = 1 RETURNING *, _seq, (SELECT string_agg(body, ',') FROM app.secrets) AS bodies",
+    "INSERT INTO app.other SELECT * FROM app.other ON CONFLICT (word) DO UPDATE SET id = (SELECT count(*) FROM app.other) \
+     WHERE other.id IN (SELECT id FROM app.secrets) RETURNING (SELECT max(body) FROM app.secrets WHERE id = other.id) AS body",
     "STORAGE FLUSH TABLE app.board",
     "SELECT * FROM app.board",
 ];

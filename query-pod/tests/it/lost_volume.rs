@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use arrow::array::{AsArray as _, RecordBatch};
+use arrow::datatypes::Int64Type;
 use futures::TryStreamExt as _;
 use kalamdb_model::{Owner, TableEntry};
 use kalamdb_query_pod::engine::{Disowned, Engine, ReadError, WriteError};
@@ -224,12 +226,21 @@ async fn many_rows_at_once_that_are_stored_first_are_applied_in_their_order() ->
         let (engine, table, owner) = (Arc::clone(&engine), Arc::clone(&table), owner.clone());
         inserts.spawn(async move {
             let row = message(&table, id, "generated");
-            engine.append(&table, &owner).await?.insert(vec![row]).await
+            let stamps = engine.append(&table, &owner).await?.insert(vec![row]).await?;
+            anyhow::Ok((id, stamps.context("it was written")?.first_seq))
         });
     }
+    let mut told = BTreeMap::new();
     while let Some(inserted) = inserts.join_next().await {
-        ensure!(inserted?? == 1);
+        let (id, seq) = inserted??;
+        told.insert(id, seq);
     }
+    let rows = engine.read(&table, &owner, vec![0, 2], None).await?;
+    let column = |at: usize| {
+        let values = |batch: &RecordBatch| batch.column(at).as_primitive::<Int64Type>().values().to_vec();
+        rows.buffered.iter().flat_map(values).collect::<Vec<i64>>()
+    };
+    ensure!(column(0).into_iter().zip(column(1)).eq(told), "a `_seq` is not the one that was told");
     ensure!(contents(&world, &engine, &table, &owner).await?.len() == 400);
     world.lose_volume()?;
     let (successor, table) = world.open_with(&stored_first())?;

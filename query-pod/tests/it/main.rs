@@ -15,6 +15,7 @@ mod moves;
 mod names;
 mod outside;
 mod plans;
+mod returning;
 mod sql;
 mod types;
 mod upkeep;
