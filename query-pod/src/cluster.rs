@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use crate::args::Serve;
 use crate::auth::Tokens;
 use crate::catalog::{CatalogHandle, write_durably};
+use crate::crash;
 use crate::engine::{Engine, Secrets};
 use crate::error::Chain;
 use crate::metrics::Metrics;
@@ -67,8 +68,10 @@ async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
             Ok(Claimed::Succeeded) if is_owner => break,
             Ok(Claimed::Succeeded) => {
                 tracing::warn!(pod, "this volume is new, and its instance is not: its storages are read back first");
+                crash::point("rebuild.claimed");
                 // Before the claim is taken for granted: a crash in between claims, and comes here, again.
                 parts.engine.expect_rebuild()?;
+                crash::point("rebuild.expected");
                 break;
             }
             Err(error @ (ClaimError::Unknown(_) | ClaimError::Read { .. })) => {

@@ -14,6 +14,10 @@ use tokio::net::TcpStream;
 
 /// How long a pod may take to get ready or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What ends a process that aborts.
+const SIGABRT: i32 = 6;
+/// What tokens are signed with where the pods have no key of their own.
+const SECRET: &str = "what the tokens of a test are signed with";
 
 /// The manifests of most tests: a storage on the local file system, a namespace, and one table, `app.messages`.
 pub const MANIFESTS: &str = "
@@ -47,7 +51,11 @@ spec:
 pub struct Home {
     dir: tempfile::TempDir,
     binary: PathBuf,
-    /// More flags of `standalone`.
+    /// The command that serves, and where its catalog comes from.
+    command: Vec<String>,
+    /// Flags of `token` that say what signs.
+    signed: Vec<String>,
+    /// More flags of the command.
     pub flags: Vec<String>,
     /// More environment of the process.
     pub env: Vec<(String, String)>,
@@ -57,7 +65,7 @@ pub struct Home {
 pub struct Pod {
     child: Child,
     binary: PathBuf,
-    data_dir: PathBuf,
+    signed: Vec<String>,
     log: PathBuf,
     /// `http://127.0.0.1:port`.
     pub url: String,
@@ -83,10 +91,27 @@ impl Home {
     /// If the disk fails.
     pub fn new(binary: impl Into<PathBuf>, manifests: &str) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        std::fs::create_dir(dir.path().join("manifests"))?;
-        let home = Self { dir, binary: binary.into(), flags: Vec::new(), env: Vec::new() };
+        let folder = dir.path().join("manifests");
+        std::fs::create_dir(&folder)?;
+        let command = ["standalone".to_owned(), "--manifests".to_owned(), folder.display().to_string()];
+        let signed = ["--data-dir".to_owned(), dir.path().join("data").display().to_string()];
+        let home = Self::of(dir, binary.into(), command.into(), signed.into());
         home.write_manifest("all.yaml", manifests)?;
         Ok(home)
+    }
+
+    /// A folder for pods that run `binary` as in a cluster, with the catalog of the home store at `home_url`.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn in_cluster(binary: impl Into<PathBuf>, home_url: &str) -> anyhow::Result<Self> {
+        let command = ["serve", "--home-url", home_url, "--jwt-secret", SECRET].map(str::to_owned);
+        let signed = ["--jwt-secret", SECRET].map(str::to_owned);
+        Ok(Self::of(tempfile::tempdir()?, binary.into(), command.into(), signed.into()))
+    }
+
+    fn of(dir: tempfile::TempDir, binary: PathBuf, command: Vec<String>, signed: Vec<String>) -> Self {
+        Self { dir, binary, command, signed, flags: Vec::new(), env: Vec::new() }
     }
 
     /// Starts another binary from now on.
@@ -130,17 +155,48 @@ impl Home {
         let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log"))?;
         let mut command = Command::new(&self.binary);
         command
-            .args(["standalone", "--listen", "127.0.0.1:0", "--data-dir"])
+            .args(&self.command)
+            .args(["--listen", "127.0.0.1:0", "--data-dir"])
             .arg(self.data_dir())
-            .arg("--manifests")
-            .arg(self.dir.path().join("manifests"))
             .args(&self.flags)
             .envs(self.env.iter().cloned())
+            .env("POD_NAME", "kalamdb-0")
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
         command.spawn().with_context(|| format!("failed to start `{}`", self.binary.display()))
+    }
+
+    /// What pods are told that are to end at the crash point `point`.
+    #[must_use]
+    pub fn crash_at(point: &str) -> Vec<(String, String)> {
+        vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())]
+    }
+
+    /// Starts a pod that ends by itself at the crash point `point`, and waits until it has.
+    ///
+    /// # Errors
+    /// With its log, if it does not, or otherwise.
+    pub async fn crash(&mut self, point: &str) -> anyhow::Result<()> {
+        let before = std::mem::replace(&mut self.env, Self::crash_at(point));
+        let spawned = self.spawn();
+        self.env = before;
+        let mut child = spawned?;
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                let _ = child.wait();
+                bail!("the pod does not get to {point}:\n{}", self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        ensure!(status.signal() == Some(SIGABRT), "{point}: the pod ended with {status}:\n{}", self.log());
+        Ok(())
     }
 
     /// Starts a pod and waits until it is ready.
@@ -177,9 +233,9 @@ impl Home {
             let address =
                 log[before..].lines().find_map(|line| line.split_once("address=")).map(|(_, address)| address.trim());
             if let Some(address) = address {
-                let (binary, data_dir) = (self.binary.clone(), self.data_dir());
+                let (binary, signed) = (self.binary.clone(), self.signed.clone());
                 let (url, log) = (format!("http://{address}"), self.dir.path().join("log"));
-                return Ok(Pod { child, binary, data_dir, log, url, client, tokens: Mutex::default() });
+                return Ok(Pod { child, binary, signed, log, url, client, tokens: Mutex::default() });
             }
             if Instant::now() > deadline {
                 let _ = child.kill();
@@ -200,10 +256,8 @@ impl Pod {
         if let Some(token) = self.tokens.lock().expect("no panic while locked").get(&key) {
             return Ok(token.clone());
         }
-        let output = Command::new(&self.binary)
-            .args(["token", "--role", role, "--user", user, "--data-dir"])
-            .arg(&self.data_dir)
-            .output()?;
+        let output =
+            Command::new(&self.binary).args(["token", "--role", role, "--user", user]).args(&self.signed).output()?;
         ensure!(output.status.success(), "no token for `{user}`: {}", String::from_utf8_lossy(&output.stderr));
         let token = String::from_utf8(output.stdout)?.trim().to_owned();
         self.tokens.lock().expect("no panic while locked").insert(key, token.clone());

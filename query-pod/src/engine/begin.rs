@@ -14,6 +14,7 @@ use super::publish::PublishError;
 use super::ship::{Backoff, Disowned, Place, ShipError};
 use super::storages::Use;
 use super::{Engine, RootKey};
+use crate::crash;
 use crate::error::Chain;
 
 pub(super) type BeginError = Box<dyn std::error::Error + Send + Sync>;
@@ -66,19 +67,23 @@ async fn begin(engine: &Arc<Engine>, place: &Place) -> Result<StreamWriter, Begi
     engine.note_since(root, None)?;
     // On disk before our first object, a fence included: the next process must know us by both.
     shippers.note(root, &shippers.incarnation, 1)?;
+    crash::point("begin.noted");
     for (incarnation, from) in &former {
         let fence = stream::fence(store.as_ref(), incarnation, *from, &shippers.incarnation).await?;
         check_end(engine, root, &known, incarnation, Some(&fence.by))?;
+        crash::point("begin.fenced");
         for seq in *from..fence.seq {
             let (_, Round { edits, rows }) = stream::round(store.as_ref(), incarnation, seq).await?;
             engine.restore_all(rows).await?;
             engine.publish_all(root, edits).await?;
         }
+        crash::point("begin.published");
         tracing::info!(storage = %root, objects = fence.seq - from, "ended the commit stream of a former process");
     }
     // All at the end, oldest first: whoever ended a stream is known as long as that stream is.
     for (incarnation, _) in &former {
         shippers.forget(root, incarnation)?;
+        crash::point("begin.forgotten");
     }
     shippers.forget_stored_first(root)?;
     Ok(StreamWriter::new(store, shippers.incarnation.clone(), 1))

@@ -204,6 +204,7 @@ async fn trim_former(store: &dyn ObjectStore, own: &str) -> Result<(), BeginErro
         let Some(last) = stream::last(store, incarnation).await? else { continue };
         if stream::is_fence(store, incarnation, last).await? {
             stream::trim_before(store, incarnation, last).await?;
+            crash::point("checkpoint.former");
             checkpoint::delete_all(store, incarnation).await?;
         }
     }

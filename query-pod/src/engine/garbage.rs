@@ -19,6 +19,7 @@ use super::instance::{InstanceError, View};
 use super::jobs::{JobKind, Ticket};
 use super::storages::StoragesError;
 use super::{Engine, RootKey, now_us};
+use crate::crash;
 use crate::error::Chain;
 
 /// How often is looked for garbage, at least.
@@ -81,7 +82,9 @@ impl Engine {
         let (storage, root) = (root.storage.clone(), root.root);
         let note = Note { storage, root, path, instance: id.clone(), since_us: now_us(), bytes };
         let text = serde_json::to_vec(&note).expect("names and numbers always have a JSON form");
-        self.buffer.state_put(&at, &text)
+        self.buffer.state_put(&at, &text)?;
+        crash::point("garbage.noted");
+        Ok(())
     }
 
     /// Whether `path` in `root` is a file of the instance now.
@@ -124,6 +127,7 @@ impl Engine {
             }
             let root = RootKey { storage, root };
             if !self.is_named(&instance, &root, &path)? {
+                crash::point("garbage.due");
                 let outcome = self.remove(&root, &path).await;
                 if let Some(table) = self.catalog.current().table_by_id(instance.table) {
                     let job = jobs.entry(table.id).or_insert_with(|| self.jobs.begin(JobKind::Garbage, table));
@@ -138,6 +142,7 @@ impl Engine {
                     tracing::warn!(object_path = %path, error = %Chain(&error), "cannot remove a replaced file yet");
                     continue;
                 }
+                crash::point("garbage.removed");
             }
             self.buffer.state_delete(&key)?;
             removed += 1;
@@ -158,5 +163,19 @@ pub(super) async fn run(engine: Arc<Engine>) {
         if let Err(error) = engine.remove_garbage().await {
             tracing::warn!(error = %Chain(error.as_ref()), "cannot look for files to remove");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stored_note_of_a_replaced_file_is_what_is_written() {
+        let (key, text) = super::super::tests::stored_note(NOTES);
+        let note: Note = serde_json::from_str(text).unwrap();
+        assert_eq!(key, format!("{NOTES}{}.{}/{}", note.storage, note.root, note.path));
+        assert_eq!((note.since_us, note.bytes), (1_732_000_000_000_000, 1_001));
+        assert_eq!(serde_json::to_string(&note).unwrap(), text);
     }
 }

@@ -59,6 +59,7 @@ pub use users::{PlaceError, UserError};
 pub use write::{NewRow, WriteError, Writing};
 
 use crate::catalog::{self, CatalogHandle, NotedCatalogError, ServeCatalogError};
+use crate::crash;
 use crate::metrics::Metrics;
 
 /// Ownership epoch in file names. Rises with takeovers; one pod owns everything from the start.
@@ -236,8 +237,10 @@ impl Engine {
         };
         let moved = places(&before.catalog) != places(&next);
         self.catalog.save(&next)?;
+        crash::point("catalog.saved");
         // Noted last: a note of what is not saved would keep the data folder from starting.
         self.buffer.state_put("catalog", catalog::note_of(&next).as_bytes())?;
+        crash::point("catalog.noted");
         self.catalog.serve(next);
         if moved {
             self.moves.look_at_all();
@@ -338,5 +341,78 @@ impl Engine {
             tracing::warn!("stopping although flushes are still under way; their rows stay in the buffer");
         }
         self.buffer.clone().close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kalamdb_model::{OnRemoval, StorageName, UserId, compile};
+    use kalamdb_table_store::StoreError;
+    use kalamdb_table_store::users::{StorageMode, User};
+    use kalamdb_test_support::pod::MANIFESTS;
+
+    use super::*;
+
+    /// Notes of format 1 in the write buffer: key and value. They must be understood as long as any version reads them.
+    const NOTES: &str = include_str!("../../tests/it/notes-format-1.txt");
+
+    fn notes() -> impl Iterator<Item = (&'static str, &'static str)> {
+        NOTES.lines().filter_map(|line| line.split_once(' '))
+    }
+
+    /// Key and value of the stored note whose key begins so.
+    pub(super) fn stored_note(prefix: &str) -> (&'static str, &'static str) {
+        notes().find(|(key, _)| key.starts_with(prefix)).expect("there is one of each kind")
+    }
+
+    fn root(storage: &str) -> RootKey {
+        RootKey { storage: StorageName::new(storage).unwrap(), root: 1 }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_stored_notes_of_format_1_are_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let buffer = WriteBuffer::open(&dir.path().join("buffer"), Options::default()).unwrap();
+        for (key, value) in notes() {
+            buffer.state_put(key, value.as_bytes()).unwrap();
+        }
+        drop(buffer);
+        let catalog = CatalogHandle::open(dir.path()).unwrap();
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), MANIFESTS.to_owned())]);
+        let (compiled, _) = compile(&Catalog::default(), &folder.declared, OnRemoval::Retain);
+        let compiled = Catalog { nonce: "00ff".repeat(8), ..compiled };
+        catalog.save(&compiled).unwrap();
+        catalog.serve(compiled);
+        // No storage opens, so that nothing is done about them.
+        let closed = || StoreError::Url { url: "closed".to_owned() };
+        let storages = Storages::opened_by(Box::new(move |_, _, _| Err(closed())), Secrets::default());
+        let limits = EngineLimits {
+            instance_bytes_max: 64 << 20,
+            buffered_bytes_max: 1 << 30,
+            disk_reserve_bytes: 0,
+            garbage_after_secs: 3_600,
+            orphans_after_secs: 86_400,
+            flushes_max: 4,
+        };
+        let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::default()).unwrap();
+
+        assert_eq!(engine.volume().unwrap(), "01jarz3ndektsv4rrffq69g5fc");
+        assert!(engine.is_owner().unwrap());
+        let (id, storage_id) = (UserId::new("alice").unwrap(), StorageName::new("eu").ok());
+        assert_eq!(engine.users(), Some(vec![User { id: id.clone(), storage_mode: StorageMode::Region, storage_id }]));
+        let alice = InstanceId::of_user(id, kalamdb_model::TableId(1));
+        assert!(engine.moves.may_be_elsewhere(&alice) && engine.moves.is_moving(&alice).unwrap());
+        assert_eq!(engine.not_rebuilt(), BTreeSet::from([root("eu")]));
+        let local = root("local");
+        let (key, _) = stored_note("garbage/");
+        let file = key.trim_start_matches("garbage/local.1/");
+        assert!(engine.is_noted(&local, &object_store::path::Path::from(file)).unwrap());
+        assert!(engine.shippers.has_stored_first(&local));
+        assert_eq!(engine.shippers.known(&local).unwrap(), [("01jarz3ndektsv4rrffq69g5fb".to_owned(), 7)]);
+        assert!(engine.shippers.incarnation.as_str() > "7yyyyyyyyyyyyyyyyyyyyyyyyy", "the clock may be behind");
+        engine.note_since(&local, None).unwrap();
+        let (key, value) = stored_note("since/");
+        assert_eq!(engine.buffer.state_scan("since/").unwrap(), [(key.to_owned(), value.as_bytes().to_vec())]);
+        engine.close(Duration::from_secs(5)).await;
     }
 }

@@ -475,3 +475,18 @@ impl Engine {
         Ok(self.buffer.state_delete(&key(NOTES, id))?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stored_note_of_a_move_is_what_is_written() {
+        let (key, text) = super::super::tests::stored_note(NOTES);
+        let alice = InstanceId::of_user(UserId::new("alice").unwrap(), TableId(1));
+        assert_eq!(super::key(NOTES, &alice), key);
+        let note: Note = serde_json::from_str(text).unwrap();
+        assert_eq!((note.from.storage.as_str(), note.placed.moves), ("local", 1));
+        assert_eq!(serde_json::to_string(&note).unwrap(), text);
+    }
+}

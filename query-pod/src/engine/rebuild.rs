@@ -104,7 +104,9 @@ impl Engine {
         });
         let roots: BTreeSet<RootKey> = roots.collect();
         let next = if roots.is_empty() { Left::Nothing } else { Left::Roots(roots) };
-        self.rebuild.set(&mut left, next)
+        self.rebuild.set(&mut left, next)?;
+        crash::point("rebuild.planned");
+        Ok(())
     }
 
     /// Roots that are not read back yet.
@@ -165,6 +167,7 @@ impl Engine {
         // Before the first fence: the next start must know us by it.
         self.shippers.note(root, &self.shippers.incarnation, 1)?;
         let source = self.end_all(store).await?;
+        crash::point("rebuild.ended");
         let mut views: HashMap<InstanceId, View> = HashMap::new();
         let mut last_us = 0;
         let mut replay = source.replay(store);
@@ -193,6 +196,7 @@ impl Engine {
             crash::point("rebuild.restored");
         }
         self.note_rebuilt(root)?;
+        crash::point("rebuild.done");
         self.metrics.rows_rebuilt.inc_by(rows);
         tracing::warn!(
             storage = %root,
@@ -366,5 +370,20 @@ impl Replay<'_> {
             (self.stream, self.seq) = (self.stream + 1, None);
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stored_note_of_what_is_to_be_read_back_is_what_is_written() {
+        let (key, text) = super::super::tests::stored_note(STATE);
+        assert_eq!(key, STATE);
+        let left: Left = serde_json::from_str(text).unwrap();
+        assert!(matches!(&left, Left::Roots(roots) if roots.len() == 1), "{left:?}");
+        assert_eq!(serde_json::to_string(&left).unwrap(), text);
+        assert_eq!(serde_json::to_string(&Left::Everything).unwrap(), "\"Everything\"");
     }
 }

@@ -520,7 +520,7 @@ async fn run(
     let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
     // Before the first checkpoint: who looks for processes looks for their streams.
     if engine.storages.ships_rows(&engine.catalog.current(), root)
-        && append(&engine, &place, &mut stream, Arc::default()).await.is_err()
+        && append_nothing(&engine, &place, &mut stream).await.is_err()
     {
         return;
     }
@@ -550,8 +550,8 @@ async fn run(
         }
         // Between two rounds: everything before the next object is in the views and the buffer.
         if checkpoints.is_due() {
-            // What is left of the part that goes is its last object: one that tells of nobody.
-            if append(&engine, &place, &mut stream, Arc::default()).await.is_err() {
+            // What is left of the part that goes is its last object.
+            if append_nothing(&engine, &place, &mut stream).await.is_err() {
                 return;
             }
             checkpoints.start(stream.next_seq());
@@ -630,12 +630,7 @@ async fn round(
     let applied = if published.is_ok() { apply_all(engine, statements).await } else { Err(ShipError::Stopping) };
     let outcome = published.and(applied);
     match &outcome {
-        // Everything before the next object is published here, so a later start need not look at it.
-        Ok(()) if !nothing => {
-            if let Err(error) = engine.shippers.note(root, &engine.shippers.incarnation, stream.next_seq()) {
-                tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
-            }
-        }
+        Ok(()) if !nothing => note_position(engine, root, stream),
         Ok(()) => {}
         // No further round may pass over it.
         Err(error) => {
@@ -648,6 +643,21 @@ async fn round(
         let _ = done.send(outcome.clone().map(|()| None));
     }
     outcome
+}
+
+/// Stores an object that tells of nobody.
+async fn append_nothing(engine: &Arc<Engine>, place: &Place, stream: &mut StreamWriter) -> Result<(), ShipError> {
+    append(engine, place, stream, Arc::default()).await?;
+    // Before anything is deleted: the next process would take what is missing from here on for a gap.
+    note_position(engine, &place.root, stream);
+    Ok(())
+}
+
+/// Everything before the next object is published here, so a later start need not look at it.
+fn note_position(engine: &Engine, root: &RootKey, stream: &StreamWriter) {
+    if let Err(error) = engine.shippers.note(root, &engine.shippers.incarnation, stream.next_seq()) {
+        tracing::warn!(error = %Chain(&error), "cannot save the position of the commit stream; a restart replays more");
+    }
 }
 
 /// Applies statements that are stored: those of one instance in their order, those of different ones at once.
@@ -664,6 +674,7 @@ async fn apply_all(engine: &Arc<Engine>, statements: Vec<Statement>) -> Result<(
             for Statement { instance, rows, stamps, done } in statements {
                 if outcome.is_ok() {
                     outcome = apply(&engine, instance, rows, stamps).await;
+                    crash::point("commit.applied");
                 }
                 // Whoever asked may be gone.
                 let _ = done.send(outcome.clone().map(|()| Some(stamps)));

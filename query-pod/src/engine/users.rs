@@ -17,6 +17,7 @@ use super::Engine;
 use super::instance::Instance;
 use super::ship::Backoff;
 use crate::catalog::Snapshot;
+use crate::crash;
 use crate::error::Chain;
 
 /// How long a statement waits for its user's storage to be known.
@@ -109,6 +110,7 @@ impl KnownUsers {
             if before.users.get(id) != Some(user) {
                 let text = serde_json::to_vec(user).expect("names always have a JSON form");
                 self.buffer.state_put(&format!("{USERS}{id}"), &text)?;
+                crash::point("user.kept");
             }
         }
         self.buffer.state_put(VERSION, next.version.to_string().as_bytes())?;
@@ -184,7 +186,9 @@ impl Engine {
             return Err(UserError::NoId);
         }
         users.put(home.as_ref(), user).await?;
+        crash::point("user.logged");
         self.users.keep(users)?;
+        crash::point("user.noted");
         self.moves.look_at_user(&self.catalog.current(), &id);
         Ok(())
     }

@@ -20,6 +20,7 @@ use super::instance::{Instance, InstanceError, View};
 use super::locate::{Existing, Place};
 use super::read::ReadError;
 use super::{Disowned, Engine, FlushError, PlaceError, Rebuilding, RootKey, ShipError};
+use crate::crash;
 
 /// How long a statement waits for others that are at work on the same rows.
 const HOLD_WAIT: Duration = Duration::from_secs(30);
@@ -317,6 +318,7 @@ impl Writing {
             let copies = ships.then(|| rows.iter().map(|row| (row.key.clone(), row.value.clone())).collect());
             let committed =
                 engine.buffer.commit(id.clone(), rows).await.inspect_err(|error| engine.note_failure(error))?;
+            crash::point("commit.buffered");
             if let Some(copies) = copies {
                 engine.ship_later(&root, &id, copies, committed)?;
             }

@@ -35,7 +35,7 @@ async fn a_pod_killed_between_any_two_steps_of_a_flush_loses_and_doubles_nothing
         pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
         drop(pod);
 
-        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
+        home.env = Home::crash_at(point);
         let mut pod = home.start().await?;
         insert(&pod, "alice", 20..50).await?;
         insert(&pod, "bob", 0..10).await?;
@@ -108,7 +108,7 @@ async fn a_pod_killed_in_a_flush_or_a_compaction_brings_no_old_version_back() ->
             pod.run("alice", "STORAGE FLUSH TABLE app.messages", json!([])).await?;
         }
         drop(pod);
-        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
+        home.env = Home::crash_at(point);
         let mut pod = home.start().await?;
         let _ = pod.sql("alice", command, json!([])).await;
         ensure!(!pod.wait().await?.success(), "{command}: {point} was not reached");
@@ -124,6 +124,55 @@ async fn a_pod_killed_in_a_flush_or_a_compaction_brings_no_old_version_back() ->
         pod.kill()?;
         let pod = home.start().await?;
         ensure!(bodies(&pod).await? == expected, "{command} at {point}, restarted: {}", bodies(&pod).await?);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_killed_while_it_drops_deleted_rows_brings_none_of_them_back() -> anyhow::Result<()> {
+    let row = |id: i64, body: &str| json!([id.to_string(), body]);
+    let kept: Vec<serde_json::Value> =
+        (0..40).filter(|id| *id != 2).map(|id| row(id, if id == 1 { "changed" } else { "filed" })).collect();
+    let mut later = kept.clone();
+    later.insert(2, row(2, "anew"));
+    later.push(row(50, "anew"));
+    for point in COMPACTION_POINTS {
+        let mut home = Home::new(BINARY, MANIFESTS)?;
+        let pod = home.start().await?;
+        for sql in [
+            "INSERT INTO app.messages (id, body) SELECT value, 'filed' FROM generate_series(0, 39)",
+            "STORAGE FLUSH TABLE app.messages",
+            "UPDATE app.messages SET body = 'changed' WHERE id = 1",
+            "DELETE FROM app.messages WHERE id = 2",
+            "INSERT INTO app.messages (id, body) VALUES (50, 'short')",
+            "DELETE FROM app.messages WHERE id = 50",
+            "STORAGE FLUSH TABLE app.messages",
+        ] {
+            pod.run("alice", sql, json!([])).await?;
+        }
+        drop(pod);
+        home.write_manifest("all.yaml", &MANIFESTS.replace("flushPolicy", "deletedRetentionHours: 0\n  flushPolicy"))?;
+        home.env = Home::crash_at(point);
+        let mut pod = home.start().await?;
+        let _ = pod.sql("alice", "STORAGE COMPACT TABLE app.messages", json!([])).await;
+        ensure!(!pod.wait().await?.success(), "{point} was not reached");
+        home.env.clear();
+        let mut pod = home.start().await?;
+        ensure!(bodies(&pod).await? == json!(kept), "{point}: {}", bodies(&pod).await?);
+        for sql in [
+            "INSERT INTO app.messages (id, body) VALUES (2, 'anew'), (50, 'anew')",
+            "STORAGE FLUSH TABLE app.messages",
+            "STORAGE COMPACT TABLE app.messages",
+        ] {
+            pod.run("alice", sql, json!([])).await?;
+            ensure!(bodies(&pod).await? == json!(later), "{point}, {sql}: {}", bodies(&pod).await?);
+        }
+        let described = home.data_dir().join("files/users/alice/app/messages/_manifest.json");
+        let described = std::fs::read_to_string(described)?;
+        ensure!(!described.contains("tombstones") && !described.contains("replaced"), "{point}: {described}");
+        pod.kill()?;
+        let pod = home.start().await?;
+        ensure!(bodies(&pod).await? == json!(later), "{point}, restarted: {}", bodies(&pod).await?);
     }
     Ok(())
 }

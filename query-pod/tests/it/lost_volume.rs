@@ -388,6 +388,30 @@ async fn a_checkpoint_that_fails_is_written_again_and_nothing_is_deleted_for_hal
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_wrote_nothing_but_its_checkpoint_twice_is_no_older_copy() -> anyhow::Result<()> {
+    let world = World::new(1, Rates::default())?;
+    let owner = user("alice")?;
+    leave_one_row(&world, &owner).await?;
+    // The fence and the first object pass, the part of the checkpoint does not.
+    world.faults.script([None, None, Some(Fault::Garbled)]);
+    let (engine, _) = world.open_with(&remote())?;
+    engine.open_known_streams(PATIENCE).await?;
+    let own = stream::incarnations(world.truth.as_ref()).await?.pop().context("its stream")?;
+    eventually("the second attempt has shortened its stream", async || {
+        Ok(stream::read(world.truth.as_ref(), &own, 1).await?.is_none())
+    })
+    .await?;
+    engine.close(Duration::from_secs(5)).await;
+    drop(engine);
+    let (engine, table) = world.open_with(&remote())?;
+    engine.open_known_streams(PATIENCE).await?;
+    ensure!(engine.disowned().is_none(), "{:?}", engine.disowned());
+    ensure!(contents(&world, &engine, &table, &owner).await?.len() == 1);
+    engine.close(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_on_the_pods_own_disk_carries_no_rows_and_does_not_grow_for_ever() -> anyhow::Result<()> {
     let world = World::new(1, Rates::default())?;
     let owner = user("alice")?;

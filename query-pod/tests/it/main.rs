@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod cache;
+mod crash;
 mod differential;
 mod failure;
 mod fast;

@@ -1,12 +1,13 @@
 //! Users whose rows lie in storages of their own, and what happens when these change.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use kalamdb_model::{Owner, StorageName, TableEntry, UserId};
-use kalamdb_query_pod::crash::MOVE_POINTS;
+use kalamdb_query_pod::crash::{MOVE_POINTS, USER_POINTS};
 use kalamdb_query_pod::engine::{Engine, JobKind, JobState};
 use kalamdb_table_store::FilesystemStore;
 use kalamdb_table_store::users::{StorageMode, User, Users};
@@ -316,7 +317,7 @@ async fn wandering_users_lose_and_double_nothing_over_failing_stores() -> anyhow
 }
 
 /// [`manifests`] with folders of the test's own.
-fn in_folders(folders: &std::path::Path) -> String {
+fn in_folders(folders: &Path) -> String {
     STORAGES.iter().fold(manifests(), |text, name| {
         text.replace(&format!("path: /{name}}}"), &format!("path: {}}}", folders.join(name).display()))
     })
@@ -369,6 +370,17 @@ async fn a_user_gets_his_storage_by_sql() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How many rows he sees.
+async fn ids(pod: &Pod, name: &str) -> anyhow::Result<usize> {
+    Ok(rows(pod, name, "SELECT id FROM app.messages", json!([])).await?.as_array().context("rows")?.len())
+}
+
+/// Whether any object below `folder` has her name in its path or bytes.
+fn holds_alice(folder: &Path) -> anyhow::Result<bool> {
+    let found = std::process::Command::new("grep").args(["-rlaF", "alice"]).arg(folder).output()?;
+    Ok(!found.stdout.is_empty() || files_below(folder)?.iter().any(|path| path.contains("alice")))
+}
+
 #[tokio::test]
 async fn a_pod_killed_between_any_two_steps_of_a_move_loses_doubles_and_leaves_behind_nothing() -> anyhow::Result<()> {
     for point in MOVE_POINTS {
@@ -396,24 +408,13 @@ async fn a_pod_killed_between_any_two_steps_of_a_move_loses_doubles_and_leaves_b
         };
         Users::default().put(&users, alice).await?;
 
-        home.env = vec![("KALAMDB_CRASH_AT".to_owned(), point.to_owned())];
-        let mut crashing = home.spawn()?;
-        eventually(&format!("the pod crashes at {point}"), async || Ok(crashing.try_wait()?.is_some())).await?;
-
-        home.env.clear();
+        home.crash(point).await?;
         let mut pod = home.start().await?;
-        let ids = async |pod: &Pod, name: &str| -> anyhow::Result<usize> {
-            Ok(rows(pod, name, "SELECT id FROM app.messages", json!([])).await?.as_array().context("rows")?.len())
-        };
         ensure!((ids(&pod, "alice").await?, ids(&pod, "bob").await?) == (19, 19), "{point}");
         pod.run("alice", "INSERT INTO app.messages (id, body) VALUES (21, 'later')", json!([])).await?;
         pod.run("alice", "UPDATE app.messages SET body = 'later' WHERE id = 3", json!([])).await?;
-        let left_behind = || {
-            let found = std::process::Command::new("grep").args(["-rlaF", "alice"]).arg(folder("home")).output()?;
-            let named = files_below(&folder("home"))?.into_iter().filter(|path| path.contains("alice")).count();
-            anyhow::Ok(found.stdout.len() + named)
-        };
-        eventually(&format!("{point}: nothing of hers is left behind"), async || Ok(left_behind()? == 0)).await?;
+        let has_left = async || Ok(!holds_alice(&folder("home"))?);
+        eventually(&format!("{point}: nothing of hers is left behind"), has_left).await?;
         ensure!(
             ids(&pod, "alice").await? == 20 && files_below(&folder("eu").join("users/alice"))?.len() > 1,
             "{point}"
@@ -424,6 +425,44 @@ async fn a_pod_killed_between_any_two_steps_of_a_move_loses_doubles_and_leaves_b
         let body =
             rows(&pod, "alice", "SELECT body FROM app.messages WHERE id IN (3, 4) ORDER BY id", json!([])).await?;
         ensure!(body == json!([["later"], ["body"]]), "{point}: {body}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_killed_while_it_changes_a_user_brings_his_rows_to_where_the_log_says() -> anyhow::Result<()> {
+    for point in USER_POINTS {
+        let folders = tempfile::tempdir()?;
+        let folder = |name: &str| folders.path().join(name);
+        let mut home = Home::new(BINARY, &in_folders(folders.path()))?;
+        home.flags = ["--garbage-after-secs", "0"].map(str::to_owned).to_vec();
+        let pod = home.start().await?;
+        for name in ["alice", "bob"] {
+            let sql = "INSERT INTO app.messages (id, body) SELECT value, 'body' FROM generate_series(1, 20)";
+            pod.run(name, sql, json!([])).await?;
+            pod.run(name, "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+            pod.run(name, "DELETE FROM app.messages WHERE id = 7", json!([])).await?;
+        }
+        drop(pod);
+
+        home.env = Home::crash_at(point);
+        let mut pod = home.start().await?;
+        let sql = "UPDATE system.users SET storage_mode = 'region', storage_id = 'eu' WHERE username = 'alice'";
+        let _ = pod.sql_as("root", "dba", sql, json!([])).await;
+        ensure!(!pod.wait().await?.success(), "{point} was not reached");
+
+        home.env.clear();
+        let mut pod = home.start().await?;
+        let has_left = async || Ok(!holds_alice(&folder("home"))?);
+        eventually(&format!("{point}: nothing of hers is left behind"), has_left).await?;
+        let users = "SELECT username, storage_mode, storage_id FROM system.users";
+        let shown = pod.sql_as("root", "dba", users, json!([])).await?;
+        ensure!(json!(shown.rows()?) == json!([["alice", "region", "eu"]]), "{point}: {}", shown.text);
+        ensure!((ids(&pod, "alice").await?, ids(&pod, "bob").await?) == (19, 19), "{point}");
+        ensure!(files_below(&folder("eu").join("users"))?.iter().all(|path| path.starts_with("alice/")), "{point}");
+        pod.kill()?;
+        let pod = home.start().await?;
+        ensure!((ids(&pod, "alice").await?, ids(&pod, "bob").await?) == (19, 19), "{point}");
     }
     Ok(())
 }

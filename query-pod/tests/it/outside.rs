@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use arrow::array::AsArray as _;
 use arrow::datatypes::Int64Type;
 use kalamdb_table_store::FileEntry;
-use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually};
+use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Value, json};
 
@@ -38,6 +38,23 @@ const LATER: [&str; 15] = [
     r#"l_uuid, type: UUID, default: "6F9619FF-8B86-D011-B42D-00CF4FC964FF""#,
     "l_none, type: TEXT", "l_now, type: TIMESTAMP, default: NOW()",
 ];
+
+/// Statements that give files replaced and deleted rows.
+const CHANGES: [&str; 4] = [
+    "UPDATE app.v SET c_text = 'new' WHERE id IN (1, 50)",
+    "DELETE FROM app.v WHERE id IN (3, 55)",
+    "INSERT INTO app.v (part, id) VALUES ('y', 101), ('y', 102)",
+    "STORAGE FLUSH TABLE app.v",
+];
+
+/// A row with [`LATER`].
+const YOUNG: [&str; 2] = [
+    "INSERT INTO app.v (part, id, l_text, l_int, l_money) VALUES ('x', 1000, 'own', 8, NULL)",
+    "STORAGE FLUSH TABLE app.v",
+];
+
+/// What was written for outside readers of format 1 once, and beside it what SELECT showed: to be read so for ever.
+const STORED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/outside-format-1");
 
 #[tokio::test]
 async fn the_files_without_deleted_and_replaced_rows_are_what_select_shows() -> anyhow::Result<()> {
@@ -93,27 +110,12 @@ async fn a_reader_that_knows_only_the_docs_shows_every_value_as_select_does() ->
     let home = Home::new(BINARY, &manifests(&[]))?;
     let pod = home.start().await?;
     for (user, _) in USERS {
-        for (at, (column, literal, ..)) in VALUES.iter().enumerate() {
-            let part = ["a", "é", "🙂"][at % 3];
-            let sql = format!("INSERT INTO app.v (part, id, {column}) VALUES ('{part}', {at}, {literal})");
-            pod.run(user, &sql, json!([])).await?;
-            if at == VALUES.len() / 2 {
-                pod.run(user, "STORAGE FLUSH TABLE app.v", json!([])).await?;
-            }
-        }
-        let sql = "INSERT INTO app.v (part, id, c_text) VALUES ('z', -100, $1), ('z', 100, $1)";
-        pod.run(user, sql, json!([user])).await?;
+        insert_all(&pod, user).await?;
     }
     let files = home.data_dir().join("files");
     let after = Outside { python, files: &files, pod: &pod };
     after.check("every type", &["STORAGE FLUSH TABLE app.v"]).await?;
-    let changes = [
-        "UPDATE app.v SET c_text = 'new' WHERE id IN (1, 50)",
-        "DELETE FROM app.v WHERE id IN (3, 55)",
-        "INSERT INTO app.v (part, id) VALUES ('y', 101), ('y', 102)",
-        "STORAGE FLUSH TABLE app.v",
-    ];
-    after.check("changed and deleted", &changes).await?;
+    after.check("changed and deleted", &CHANGES).await?;
     for (user, folder) in USERS {
         let (_, files) = manifest(&files.join(folder))?;
         let replaced = files.iter().any(|file| !file.replaced.is_empty());
@@ -128,16 +130,85 @@ async fn a_reader_that_knows_only_the_docs_shows_every_value_as_select_does() ->
         "STORAGE FLUSH TABLE app.v",
     ];
     after.check("changed again and brought back", &changes).await?;
+    add_columns(&home, &pod).await?;
+    after.check("with new columns", &YOUNG).await?;
+    after.check("compacted", &["STORAGE COMPACT TABLE app.v"]).await?;
+    after.check("changed after that", &["DELETE FROM app.v WHERE id < 40", "STORAGE FLUSH TABLE app.v"]).await?;
+    after.check("emptied", &["DELETE FROM app.v", "STORAGE FLUSH TABLE app.v"]).await
+}
+
+#[test]
+fn a_stored_folder_is_still_read_as_it_was_shown() -> anyhow::Result<()> {
+    let (root, (_, folder)) = (Path::new(STORED), USERS[0]);
+    let shown = std::fs::read_to_string(root.join("rows.json"))?;
+    let rows: Vec<Value> = serde_json::from_str(&shown)?;
+    let (manifest, files) = manifest(&root.join(folder))?;
+    let counted: u64 = files.iter().map(|file| file.rows - file.hidden().len()).sum();
+    ensure!(manifest["format"] == 1 && counted == rows.len() as u64, "{counted} rows instead of {}", rows.len());
+    let Some(python) = python()? else { return Ok(()) };
+    let lines = read(&python, root, folder)?;
+    ensure!(format!("[{}]", lines.join(",")) == shown, "files\n{lines:?}\n SELECT\n{shown}");
+    Ok(())
+}
+
+/// Writes the sample if it is missing; one that is there stays as it is.
+#[tokio::test]
+#[ignore = "run by hand when a new kind of sample is added"]
+async fn write_missing_samples() -> anyhow::Result<()> {
+    let (root, (user, folder)) = (Path::new(STORED), USERS[0]);
+    if root.exists() {
+        return Ok(());
+    }
+    let home = Home::new(BINARY, &manifests(&[]))?;
+    let mut pod = home.start().await?;
+    insert_all(&pod, user).await?;
+    for sql in ["STORAGE FLUSH TABLE app.v"].iter().chain(&CHANGES) {
+        pod.run(user, sql, json!([])).await?;
+    }
+    add_columns(&home, &pod).await?;
+    for sql in YOUNG {
+        pod.run(user, sql, json!([])).await?;
+    }
+    let answer = pod.sql(user, "SELECT * FROM app.v ORDER BY part, id", json!([])).await?;
+    let rows = answer.text.split_once("\"rows\":").and_then(|(_, rest)| rest.split_once(",\"row_count\":"));
+    let (rows, _) = rows.context("rows")?;
+    ensure!(pod.stop().await?.success());
+    let (from, to) = (home.data_dir().join("files").join(folder), root.join(folder));
+    std::fs::create_dir_all(&to)?;
+    for file in files_below(&from)? {
+        std::fs::copy(from.join(&file), to.join(&file))?;
+    }
+    Ok(std::fs::write(root.join("rows.json"), rows)?)
+}
+
+/// Rows with values of every type, in files and in the buffer.
+async fn insert_all(pod: &Pod, user: &str) -> anyhow::Result<()> {
+    for (at, (column, literal, ..)) in VALUES.iter().enumerate() {
+        let part = ["a", "é", "🙂"][at % 3];
+        let sql = format!("INSERT INTO app.v (part, id, {column}) VALUES ('{part}', {at}, {literal})");
+        pod.run(user, &sql, json!([])).await?;
+        if at == VALUES.len() / 2 {
+            pod.run(user, "STORAGE FLUSH TABLE app.v", json!([])).await?;
+        }
+    }
+    let sql = "INSERT INTO app.v (part, id, c_text) VALUES ('z', -100, $1), ('z', 100, $1)";
+    pod.run(user, sql, json!([user])).await.map(drop)
+}
+
+/// Waits for the columns [`LATER`].
+async fn add_columns(home: &Home, pod: &Pod) -> anyhow::Result<()> {
     home.write_manifest("all.yaml", &manifests(&LATER))?;
     eventually("the new columns are there", async || {
         Ok(pod.sql("alice", "SELECT l_now FROM app.v", json!([])).await?.status == 200)
     })
-    .await?;
-    let young = "INSERT INTO app.v (part, id, l_text, l_int, l_money) VALUES ('x', 1000, 'own', 8, NULL)";
-    after.check("with new columns", &[young, "STORAGE FLUSH TABLE app.v"]).await?;
-    after.check("compacted", &["STORAGE COMPACT TABLE app.v"]).await?;
-    after.check("changed after that", &["DELETE FROM app.v WHERE id < 40", "STORAGE FLUSH TABLE app.v"]).await?;
-    after.check("emptied", &["DELETE FROM app.v", "STORAGE FLUSH TABLE app.v"]).await
+    .await
+}
+
+/// The lines that the reader prints of an instance.
+fn read(python: &str, root: &Path, folder: &str) -> anyhow::Result<Vec<String>> {
+    let read = Command::new(python).arg(READER).arg(root).arg(folder).output()?;
+    ensure!(read.status.success(), "{}", String::from_utf8_lossy(&read.stderr));
+    Ok(String::from_utf8(read.stdout)?.lines().map(str::to_owned).collect())
 }
 
 /// The reader, beside the pod whose files it reads.
@@ -155,10 +226,7 @@ impl Outside<'_> {
                 self.pod.run(user, sql, json!([])).await?;
             }
             let answer = self.pod.sql(user, "SELECT * FROM app.v ORDER BY part, id", json!([])).await?;
-            let read = Command::new(&self.python).arg(READER).arg(self.files).arg(folder).output()?;
-            ensure!(read.status.success(), "{step}, `{user}`: {}", String::from_utf8_lossy(&read.stderr));
-            let read = String::from_utf8(read.stdout)?;
-            let lines: Vec<&str> = read.lines().collect();
+            let lines = read(&self.python, self.files, folder).with_context(|| format!("{step}, `{user}`"))?;
             let shown = format!(r#""rows":[{}],"row_count":{},"#, lines.join(","), lines.len());
             ensure!(answer.text.contains(&shown), "{step}, `{user}`: files\n{shown}\n SELECT\n{}", answer.text);
         }

@@ -4,6 +4,7 @@
 mod commits;
 mod crash;
 mod flushing;
+mod formats;
 mod limits;
 mod rows;
 mod support;
