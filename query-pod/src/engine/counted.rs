@@ -10,7 +10,7 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, OBJECT_STORE_COALESCE_DEFAULT, ObjectMeta,
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, OBJECT_STORE_COALESCE_DEFAULT, ObjectMeta,
     ObjectStore, ObjectStoreExt as _, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
     coalesce_ranges,
 };
@@ -83,6 +83,18 @@ impl Counted {
     fn count(&self, kind: Kind) {
         self.requests.get_or_create(&Asked { kind }).inc();
     }
+
+    /// A range of an object, or an error: several are cut from one body, which must not end before them.
+    async fn whole_range(&self, location: &Path, range: Range<u64>) -> Result<Bytes> {
+        let length = range.end.saturating_sub(range.start);
+        let bytes = self.get_range(location, range).await?;
+        if bytes.len() as u64 == length {
+            Ok(bytes)
+        } else {
+            let source = format!("{} bytes of `{location}` came, and {length} were asked for", bytes.len()).into();
+            Err(Error::Generic { store: "storage", source })
+        }
+    }
 }
 
 impl fmt::Display for Counted {
@@ -117,7 +129,7 @@ impl ObjectStore for Counted {
             }
             // As the clients of remote stores do it themselves, but past the count.
             Reach::Remote => {
-                let get = |range| self.get_range(location, range);
+                let get = |range| self.whole_range(location, range);
                 coalesce_ranges(ranges, get, OBJECT_STORE_COALESCE_DEFAULT).await
             }
         }
@@ -151,5 +163,28 @@ impl ObjectStore for Counted {
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
         self.count(Kind::Copy);
         self.store.rename_opts(from, to, options).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kalamdb_test_support::fault_store::{FaultStore, Rates};
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn ranges_of_a_body_that_ends_early_are_an_error() {
+        let (truth, path) = (Arc::new(InMemory::new()), Path::from("a.parquet"));
+        truth.put(&path, PutPayload::from(vec![7_u8; 1_000])).await.unwrap();
+        let faults = FaultStore::healthy(truth);
+        let store = Counted::new(Arc::new(faults.clone()), Reach::Remote, Requests::default());
+        let ranges = [0..10, 900..1_000];
+        assert_eq!(store.get_ranges(&path, &ranges).await.unwrap().concat(), [7; 110]);
+        faults.set_rates(Rates { short: 1.0, ..Rates::default() });
+        for cut in [0, 5, 500, 999] {
+            faults.cut_at(cut);
+            assert!(store.get_ranges(&path, &ranges).await.is_err(), "after {cut} bytes");
+        }
     }
 }

@@ -1,9 +1,14 @@
 //! What is kept of data files: how often the storage is asked, and that no state of the cache changes an answer.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
+use kalamdb_parquet_cache::{CHUNK_BYTES, Cache};
+use kalamdb_test_support::fault_store::{FaultStore, Rates};
 use kalamdb_test_support::pod::{Home, MANIFESTS, Pod, eventually, files_below};
+use object_store::memory::InMemory;
+use object_store::{ObjectStore as _, ObjectStoreExt as _};
 use serde_json::{Value, json};
 
 use crate::{BINARY, returns, rows, user_table};
@@ -82,6 +87,30 @@ async fn the_footer_of_a_file_is_decoded_once_for_look_ups_and_queries_alike() -
 }
 
 #[tokio::test]
+async fn a_body_that_ends_early_is_an_error_and_nothing_of_it_is_kept() -> anyhow::Result<()> {
+    let (truth, path) = (Arc::new(InMemory::new()), object_store::path::Path::from("a.parquet"));
+    let chunk = usize::try_from(CHUNK_BYTES)?;
+    let file = text(1, 3 * chunk - 100);
+    truth.put(&path, file.clone().into()).await?;
+    let (faults, cache, root) = (FaultStore::healthy(truth), Cache::in_memory(64 << 20).await, "root".into());
+    let end = file.len() as u64;
+    let read = async || cache.layer(&root, Arc::new(faults.clone())).get_ranges(&path, &[10..30, end - 30..end]).await;
+    for rates in [Rates { short: 1.0, ..Rates::default() }, Rates { broken: 1.0, ..Rates::default() }] {
+        faults.set_rates(rates);
+        for cut in [0, 20, chunk, 2 * chunk + 1, file.len() - 1] {
+            faults.cut_at(cut);
+            ensure!(read().await.is_err(), "after {cut} bytes");
+            ensure!(cache.counts().memory_bytes == 0, "something is kept of {cut} bytes");
+        }
+    }
+    faults.heal();
+    let (first, last) = (&file.as_bytes()[10..30], &file.as_bytes()[file.len() - 30..]);
+    ensure!(read().await? == [first, last]);
+    ensure!(cache.counts().memory_bytes > 0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn without_memory_nothing_is_kept_and_every_answer_is_the_same() -> anyhow::Result<()> {
     let mut home = Home::new(BINARY, MANIFESTS)?;
     home.flags = vec!["--cache-memory-bytes".to_owned(), "0".to_owned()];
@@ -99,33 +128,24 @@ async fn without_memory_nothing_is_kept_and_every_answer_is_the_same() -> anyhow
 mod s3 {
     //! In a storage elsewhere; each test has a folder of its own in the bucket of the S3 server, if there is one.
 
-    use std::io::Write as _;
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+    use crate::S3;
 
     /// A pod's folder whose storage is the S3 server; `None` without one.
     fn home(tables: &[&str]) -> anyhow::Result<Option<Home>> {
-        let variable = |name: &str| std::env::var(format!("KALAMDB_TEST_S3_{name}"));
-        let Ok(endpoint) = variable("ENDPOINT") else {
-            ensure!(
-                std::env::var("KALAMDB_TEST_REQUIRE_S3").as_deref() != Ok("1"),
-                "KALAMDB_TEST_S3_ENDPOINT is not set"
-            );
-            writeln!(std::io::stderr(), "an S3 test did not run: KALAMDB_TEST_S3_ENDPOINT is not set")?;
-            return Ok(None);
-        };
-        let (bucket, prefix) = (variable("BUCKET")?, format!("pod/{:016x}", rand::random::<u64>()));
+        let Some(S3 { endpoint, bucket, access_key, secret_key }) = S3::find()? else { return Ok(None) };
+        let prefix = format!("pod/{:016x}", rand::random::<u64>());
         let storage = format!(
-            "apiVersion: v1\nkind: Secret\nmetadata: {{name: s3}}\nstringData: {{accessKeyId: {}, secretAccessKey: {}}}\n\
+            "apiVersion: v1\nkind: Secret\nmetadata: {{name: s3}}\n\
+             stringData: {{accessKeyId: {access_key}, secretAccessKey: {secret_key}}}\n\
              ---\napiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: local}}\nspec:\n  type: S3\n  s3:\n    \
              bucket: {bucket}\n    prefix: {prefix}\n    region: us-east-1\n    endpoint: {endpoint}\n    \
              pathStyle: true\n    allowHttp: true\n    credentialsSecret: {{name: s3}}\n  \
              userTablesTemplate: users/{{userId}}/{{namespace}}/{{tableName}}\n  \
              sharedTablesTemplate: shared/{{namespace}}/{{tableName}}\n---\napiVersion: kalamdb.org/v1alpha1\n\
-             kind: Namespace\nmetadata: {{name: app}}\nspec: {{defaultStorage: local}}\n",
-            variable("ACCESS_KEY")?,
-            variable("SECRET_KEY")?,
+             kind: Namespace\nmetadata: {{name: app}}\nspec: {{defaultStorage: local}}\n"
         );
         let declared = |name: &&str| {
             let id = if *name == "texts" {

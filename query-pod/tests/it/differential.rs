@@ -83,16 +83,20 @@ fn word(rng: &mut StdRng) -> String {
     format!("'{}'", WORDS[rng.random_range(0..WORDS.len())])
 }
 
-/// The limits that a pod has unless it is told others.
 #[derive(clap::Parser)]
 struct Limits {
     #[command(flatten)]
     limits: SqlLimits,
 }
 
+/// The limits that a pod has unless it is told others.
+pub fn sql_limits() -> SqlLimits {
+    Limits::parse_from(["pod"]).limits
+}
+
 /// What either database answers: rows as texts, or that the key exists.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+pub enum Said {
     Rows(Vec<Vec<Option<String>>>),
     Changed(usize),
     Duplicate,
@@ -137,8 +141,7 @@ impl Ours {
         };
         let metrics = Arc::new(Metrics::default());
         let engine = Engine::open(self.dir.path(), catalog, storages, limits, Arc::clone(&metrics))?;
-        let limits = Limits::parse_from(["pod"]).limits;
-        let sql = Sql::new(Arc::clone(&engine), limits, metrics)?;
+        let sql = Sql::new(Arc::clone(&engine), sql_limits(), metrics)?;
         self.running = Some((engine, sql));
         Ok(())
     }
@@ -163,7 +166,7 @@ impl Ours {
     }
 }
 
-fn said(answer: &[u8]) -> anyhow::Result<Said> {
+pub fn said(answer: &[u8]) -> anyhow::Result<Said> {
     let answer: serde_json::Value = serde_json::from_slice(answer)?;
     let answer = &answer["results"][0];
     if answer["schema"].as_array().is_some_and(Vec::is_empty) {

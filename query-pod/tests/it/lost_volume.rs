@@ -147,7 +147,7 @@ async fn what_was_shipped_comes_back_on_an_empty_disk() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_comes_back_over_a_store_that_fails_before_and_after_success() -> anyhow::Result<()> {
-    let rates = Rates { before: 0.1, after: 0.1, other: 0.03 };
+    let rates = Rates { before: 0.1, after: 0.1, other: 0.03, ..Rates::default() };
     lose_volumes(&remote(), rates, seed(), 3).await?;
     lose_volumes(&stored_first(), rates, seed() + 1, 3).await
 }

@@ -19,8 +19,11 @@ mod plans;
 mod returning;
 mod sql;
 mod types;
+mod unreliable;
 mod upkeep;
 mod world;
+
+use std::io::Write as _;
 
 use anyhow::ensure;
 use kalamdb_test_support::pod::{Answer, Pod};
@@ -63,6 +66,31 @@ fn table(kind: &str, name: &str, columns: &[&str], more: &[&str]) -> String {
 
 fn user_table(name: &str, columns: &[&str]) -> String {
     table("UserTable", name, columns, &["flushPolicy: {rows: 100000, interval: 24h}"])
+}
+
+/// The S3 server that tests may use.
+struct S3 {
+    endpoint: String,
+    bucket: String,
+    access_key: String,
+    secret_key: String,
+}
+
+impl S3 {
+    /// `None` without one.
+    fn find() -> anyhow::Result<Option<Self>> {
+        let variable = |name: &str| std::env::var(format!("KALAMDB_TEST_S3_{name}"));
+        let Ok(endpoint) = variable("ENDPOINT") else {
+            ensure!(
+                std::env::var("KALAMDB_TEST_REQUIRE_S3").as_deref() != Ok("1"),
+                "KALAMDB_TEST_S3_ENDPOINT is not set"
+            );
+            writeln!(std::io::stderr(), "an S3 test did not run: KALAMDB_TEST_S3_ENDPOINT is not set")?;
+            return Ok(None);
+        };
+        let (bucket, access_key, secret_key) = (variable("BUCKET")?, variable("ACCESS_KEY")?, variable("SECRET_KEY")?);
+        Ok(Some(Self { endpoint, bucket, access_key, secret_key }))
+    }
 }
 
 /// The rows of a statement with parameters.

@@ -1,6 +1,5 @@
 //! Users whose rows lie in storages of their own, and what happens when these change.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +12,9 @@ use kalamdb_table_store::FilesystemStore;
 use kalamdb_table_store::users::{StorageMode, User, Users};
 use kalamdb_test_support::fault_store::Rates;
 use kalamdb_test_support::pod::{Home, Pod, eventually, files_below};
-use rand::rngs::StdRng;
-use rand::{Rng as _, SeedableRng as _};
 use serde_json::json;
 
-use crate::world::{PATIENCE, World, contents, insert, message, user};
+use crate::world::{World, contents, insert, message, user};
 use crate::{BINARY, refusal, rows};
 
 /// A table in the storage `home`, whose users may have others, and two of these.
@@ -194,125 +191,6 @@ async fn a_storage_that_is_down_holds_up_the_move_and_not_the_user() -> anyhow::
     ensure!(contents(&world, &engine, &table, &alice).await?.len() == 4);
     ensure!(send(&engine, "x", Some("nowhere")).await.is_err());
     engine.close(Duration::from_secs(5)).await;
-    Ok(())
-}
-
-/// Statements, flushes, compactions, moves, restarts and lost volumes in turns, against a model.
-async fn wander(manifests: &str, rates: Rates, seed: u64, turns: u32) -> anyhow::Result<()> {
-    eprintln!("seed {seed}");
-    let mut random = StdRng::seed_from_u64(seed);
-    let mut world = World::new(seed, rates)?;
-    let names = ["alice", "bob"];
-    let mut model: Vec<BTreeMap<i64, String>> = vec![BTreeMap::new(); names.len()];
-    for turn in 0..turns {
-        let (engine, table) = world.open_with(manifests)?;
-        engine.open_known_streams(PATIENCE).await?;
-        for _ in 0..random.random_range(1..12) {
-            let at = random.random_range(0..names.len());
-            let owner = user(names[at])?;
-            match random.random_range(0..10) {
-                0..5 => {
-                    let (id, body) = (random.random_range(0..20), format!("{} {}", names[at], random.random::<u32>()));
-                    if let Ok(writing) = engine.write(&table, &owner).await
-                        && writing.commit(vec![message(&table, id, &body)], Vec::new()).await.is_ok()
-                    {
-                        model[at].insert(id, body);
-                    }
-                }
-                5 => {
-                    let Some((id, body)) = model[at].first_key_value().map(|(id, body)| (*id, body.clone())) else {
-                        continue;
-                    };
-                    if let Ok(writing) = engine.write(&table, &owner).await
-                        && writing.commit(Vec::new(), vec![message(&table, id, &body)]).await.is_ok()
-                    {
-                        model[at].remove(&id);
-                    }
-                }
-                6 => {
-                    let id = Engine::instance_id(&table, &owner);
-                    let _ = tokio::time::timeout(Duration::from_secs(3), engine.flush(&id)).await;
-                }
-                7 => {
-                    let _ = tokio::time::timeout(Duration::from_secs(3), engine.compact_matching(|_| true)).await;
-                }
-                _ => {
-                    let storage = STORAGES[random.random_range(0..3)];
-                    let _ = send(&engine, names[at], Some(storage)).await;
-                }
-            }
-            if random.random_bool(0.3) {
-                for (name, expected) in names.iter().zip(&model) {
-                    let found = agrees(&world, &engine, &table, &user(name)?).await?;
-                    ensure!(found == *expected, "turn {turn}, {name}: {found:?} instead of {expected:?}");
-                }
-            }
-        }
-        let loses = random.random_bool(0.4);
-        if loses {
-            eventually("all is shipped", async || Ok(engine.unshipped_bytes() == 0)).await?;
-        }
-        engine.close(Duration::from_secs(8)).await;
-        if loses {
-            world.lose_volume()?;
-        } else {
-            world.keep_volume();
-        }
-    }
-    world.heal();
-    let (engine, table) = world.open_with(manifests)?;
-    engine.open_known_streams(PATIENCE).await?;
-    for (name, expected) in names.iter().zip(&model) {
-        let found = agrees(&world, &engine, &table, &user(name)?).await?;
-        ensure!(found == *expected, "{name} at the end: {found:?} instead of {expected:?}");
-    }
-    for name in names {
-        send(&engine, name, Some("us")).await?;
-        if model[usize::from(name == "bob")].is_empty() {
-            continue;
-        }
-        arrives(&engine, &table, &user(name)?, "us").await?;
-    }
-    engine.close(Duration::from_secs(5)).await;
-    Ok(())
-}
-
-/// What a reader is shown, as soon as the store answers.
-async fn agrees(
-    world: &World,
-    engine: &Arc<Engine>,
-    table: &Arc<TableEntry>,
-    owner: &Owner,
-) -> anyhow::Result<BTreeMap<i64, String>> {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    loop {
-        match contents(world, engine, table, owner).await {
-            Ok(found) => return Ok(found),
-            Err(error) if tokio::time::Instant::now() > deadline || format!("{error:#}").contains("twice") => {
-                return Err(error);
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-    }
-}
-
-fn seed() -> u64 {
-    std::env::var("KALAMDB_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random)
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn wandering_users_lose_and_double_nothing() -> anyhow::Result<()> {
-    for manifests in [manifests(), stored_first()] {
-        wander(&manifests, Rates::default(), seed(), 8).await?;
-    }
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn wandering_users_lose_and_double_nothing_over_failing_stores() -> anyhow::Result<()> {
-    for manifests in [manifests(), stored_first()] {
-        wander(&manifests, Rates { before: 0.05, after: 0.05, other: 0.02 }, seed(), 6).await?;
-    }
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::engine::{Engine, EngineLimits, NewRow, RootKey, Secrets, Storages};
 use kalamdb_query_pod::metrics::Metrics;
 use kalamdb_table_store::Positions;
-use kalamdb_test_support::fault_store::{FaultStore, Rates};
+use kalamdb_test_support::fault_store::{Call, Fault, FaultStore, Rates};
 use kalamdb_test_support::pod::MANIFESTS;
 use kalamdb_write_buffer::row;
 use object_store::memory::InMemory;
@@ -27,7 +27,7 @@ pub struct World {
     pub dir: tempfile::TempDir,
     pub truth: Arc<dyn ObjectStore>,
     pub faults: FaultStore,
-    /// Storages of file systems with these paths have stores of their own, in folders of `truth`.
+    /// Storages with these paths, or prefixes, have stores of their own, in folders of `truth`.
     regions: [(&'static str, FaultStore); 3],
     pub buffered_bytes_max: u64,
     /// The folder is new, and its instance is not.
@@ -36,7 +36,11 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, rates: Rates) -> anyhow::Result<Self> {
-        let truth: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        Self::over(Arc::new(InMemory::new()), seed, rates)
+    }
+
+    /// Whose objects lie in `truth`.
+    pub fn over(truth: Arc<dyn ObjectStore>, seed: u64, rates: Rates) -> anyhow::Result<Self> {
         let faults = FaultStore::seeded(Arc::clone(&truth), seed, rates);
         let region = |name: &'static str| {
             let own = Arc::new(PrefixStore::new(Arc::clone(&truth), name));
@@ -51,10 +55,22 @@ impl World {
         self.regions.iter().filter(|(name, _)| *name == region).for_each(|(_, faults)| faults.set_down(down));
     }
 
-    /// No failures by chance any more.
-    pub fn heal(&self) {
-        self.faults.heal();
-        self.regions.iter().for_each(|(_, faults)| faults.heal());
+    fn stores(&self) -> impl Iterator<Item = &FaultStore> {
+        self.regions.iter().map(|(_, faults)| faults).chain([&self.faults])
+    }
+
+    /// How all stores fail by chance from now on.
+    pub fn set_rates(&self, rates: Rates) {
+        self.stores().for_each(|store| store.set_rates(rates));
+    }
+
+    /// How often which call to any of them failed how.
+    pub fn tally(&self) -> BTreeMap<(Call, Fault), u64> {
+        let mut tally: BTreeMap<(Call, Fault), u64> = BTreeMap::new();
+        for (failed, times) in self.stores().flat_map(FaultStore::tally) {
+            *tally.entry(failed).or_default() += times;
+        }
+        tally
     }
 
     /// Every object of a region, with its path there.

@@ -16,6 +16,7 @@ mod objects;
 mod parquet;
 mod sample;
 mod streams;
+mod truncation;
 mod users;
 
 macro_rules! on_every_store {
@@ -63,6 +64,11 @@ on_every_store! {
     catalog::a_damaged_object_is_an_error
     parquet::keys_are_found_in_files_of_every_key_type
     parquet::a_file_that_is_not_what_its_entry_says_is_an_error
+    truncation::an_object_of_a_stream_is_read_whole_or_not_at_all
+    truncation::a_checkpoint_is_read_whole_or_not_at_all
+    truncation::a_catalog_is_read_whole_or_not_at_all
+    truncation::users_and_owners_are_read_whole_or_not_at_all
+    truncation::a_data_file_is_read_whole_or_not_at_all
     users::what_is_put_is_loaded_and_followed
     users::writers_at_once_lose_nothing
     users::an_entry_that_cannot_be_read_is_never_no_users

@@ -45,18 +45,18 @@ fn entry(stats: &FileStats) -> FileEntry {
     }
 }
 
-async fn upload(store: &Store, table: &TableEntry, batches: Vec<RecordBatch>) -> FileEntry {
+pub async fn upload(store: &Store, table: &TableEntry, batches: Vec<RecordBatch>) -> FileEntry {
     let (bytes, stats) = write(table, batches).unwrap();
     let entry = entry(&stats);
     store.put(&Path::parse(&entry.path).unwrap(), PutPayload::from_bytes(bytes)).await.unwrap();
     entry
 }
 
-fn texts(values: impl IntoIterator<Item = String>) -> ArrayRef {
+pub fn texts(values: impl IntoIterator<Item = String>) -> ArrayRef {
     Arc::new(StringArray::from_iter_values(values))
 }
 
-fn longs(values: impl IntoIterator<Item = i64>) -> ArrayRef {
+pub fn longs(values: impl IntoIterator<Item = i64>) -> ArrayRef {
     Arc::new(Int64Array::from_iter_values(values))
 }
 
