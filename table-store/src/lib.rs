@@ -29,6 +29,7 @@ pub mod stream;
 mod stream_format;
 pub mod users;
 pub mod values;
+pub mod width;
 
 pub use catalog_log::CatalogLog;
 pub use create::{Create, CreateError, create_exact};

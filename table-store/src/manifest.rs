@@ -26,6 +26,12 @@ pub struct FileEntry {
     pub rows: u64,
     /// Its size.
     pub bytes: u64,
+    /// What its rows take in memory, decoded.
+    #[serde(default)]
+    pub raw_bytes: u64,
+    /// What the widest of them takes.
+    #[serde(default)]
+    pub widest_row: u64,
     /// Smallest key, memcomparable; hexadecimal in JSON.
     #[serde(with = "hex")]
     pub min_key: Vec<u8>,
@@ -56,6 +62,12 @@ impl FileEntry {
     #[must_use]
     pub fn hidden(&self) -> Positions {
         self.tombstones.union(&self.replaced)
+    }
+
+    /// What a row takes in memory, decoded, on average.
+    #[must_use]
+    pub fn average_row(&self) -> u64 {
+        self.raw_bytes / self.rows.max(1)
     }
 }
 
@@ -207,6 +219,8 @@ mod tests {
             path: path.to_owned(),
             rows: 1,
             bytes: 1,
+            raw_bytes: 1,
+            widest_row: 1,
             min_key: vec![0, 0xff],
             max_key: vec![0x80],
             min_seq: 1,

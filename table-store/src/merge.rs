@@ -1,7 +1,7 @@
 //! Merges sorted files of one instance into one sequence of rows, sorted by key: what a compaction writes.
 //!
 //! Owns: the order of the merge, and which rows are left out. Does not own: which files are merged, or the new file.
-//! Memory: one batch of each file, with its keys.
+//! Memory: one batch of each file, about 32 MiB together, with its keys; and one row group of each as it is encoded.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -19,10 +19,13 @@ use kalamdb_model::catalog::TableEntry;
 use crate::key_columns::{KeyColumns, KeyError, position};
 use crate::manifest::FileEntry;
 use crate::parquet_read::{self, DataFiles, ReadError};
-use crate::values;
+use crate::{values, width};
 
 /// Rows of a batch that a merge gives.
 const BATCH_ROWS: usize = 8_192;
+
+/// Bytes of such a batch, about, and of all those together that it is made of.
+const BATCH_BYTES: usize = 32 << 20;
 
 /// Batches of files that one batch takes rows from: where few rows are kept, they must not all be held.
 const BATCHES_MAX: usize = 256;
@@ -64,8 +67,8 @@ struct Source {
     path: String,
     batches: Batches,
     batch: RecordBatch,
-    /// Of one row of the batch, on average.
-    row_bytes: usize,
+    /// What each row of the batch takes.
+    widths: Vec<usize>,
     keys: Vec<Vec<u8>>,
     next: usize,
 }
@@ -93,10 +96,10 @@ impl<'a> Merge<'a> {
     ) -> Result<Self, MergeError> {
         let mut merge = Self { table, deleted_until_us, sources: Vec::new(), heap: BinaryHeap::new(), last: None };
         for file in files {
-            let batches = parquet_read::read_all_but(from, file, &file.replaced).await?;
-            let empty = RecordBatch::new_empty(table.arrow_schema());
-            let path = file.path.clone();
-            merge.sources.push(Source { path, batches, batch: empty, row_bytes: 0, keys: Vec::new(), next: 0 });
+            let batch_rows = rows_within(BATCH_BYTES / files.len(), file, table);
+            let batches = parquet_read::read_all_but(from, file, &file.replaced, batch_rows).await?;
+            let (path, batch) = (file.path.clone(), RecordBatch::new_empty(table.arrow_schema()));
+            merge.sources.push(Source { path, batches, batch, widths: Vec::new(), keys: Vec::new(), next: 0 });
             merge.advance(merge.sources.len() - 1).await?;
         }
         Ok(merge)
@@ -111,7 +114,7 @@ impl<'a> Merge<'a> {
         let mut at: Vec<Option<usize>> = vec![None; self.sources.len()];
         let mut rows: Vec<(usize, usize)> = Vec::new();
         let mut bytes = 0;
-        while rows.len() < BATCH_ROWS && bytes < parquet_read::BATCH_BYTES && batches.len() < BATCHES_MAX {
+        while rows.len() < BATCH_ROWS && bytes < BATCH_BYTES && batches.len() < BATCHES_MAX {
             let Some(Reverse((key, index))) = self.heap.pop() else { break };
             let source = &self.sources[index];
             if self.last.as_ref() == Some(&key) {
@@ -123,7 +126,7 @@ impl<'a> Merge<'a> {
                     batches.len() - 1
                 });
                 rows.push((batch, source.next));
-                bytes += source.row_bytes;
+                bytes += source.widths[source.next];
             }
             self.last = Some(key);
             if self.sources[index].next + 1 == self.sources[index].keys.len() {
@@ -157,13 +160,19 @@ impl<'a> Merge<'a> {
                 conform(self.table, &batch).map_err(|error| MergeError::Batch { path: path(), source: error })?;
             let keys = KeyColumns::find(self.table, &source.batch)
                 .and_then(|columns| (0..source.batch.num_rows()).map(|row| columns.key(row)).collect());
-            source.row_bytes = batch.get_array_memory_size() / batch.num_rows().max(1);
+            source.widths = width::of_rows(&source.batch);
             source.keys = keys.map_err(|error| MergeError::Key { path: path(), source: error })?;
             source.next = 0;
         }
         self.heap.push(Reverse((std::mem::take(&mut source.keys[source.next]), index)));
         Ok(())
     }
+}
+
+/// How many rows of `file` take so many bytes, about: few where rows have megabytes.
+fn rows_within(bytes: usize, file: &FileEntry, table: &TableEntry) -> usize {
+    let row = file.average_row() + width::of_absent(table);
+    usize::try_from(bytes as u64 / row.max(1)).unwrap_or(BATCH_ROWS).clamp(1, BATCH_ROWS)
 }
 
 /// Gives a batch the table's schema: columns in its order, those that the file lacks as they read there.

@@ -5,7 +5,9 @@
 //!
 //! Settings, with the reasons of the layout measurements: ZSTD(1); row groups of 32,768 rows and pages of 1,024 (3 to 7
 //! times faster point reads and latest-N than 131,072 / 8,192, at most 30 % slower full scans); page index; dictionaries
-//! only where values repeat; no statistics of FLOAT and DOUBLE; a Bloom filter for keys that do not rise with time, in files of 1,024 rows or more.
+//! only where values repeat; no statistics of FLOAT and DOUBLE; a Bloom filter for keys that do not rise with time, in
+//! files of 1,024 rows or more. A row group ends at 64 MiB decoded, too, however little that is in the file: it bounds
+//! what a reader has in memory.
 //!
 //! A file is made in memory, so a crash leaves none.
 
@@ -30,9 +32,13 @@ use parquet::schema::types::SchemaDescriptor;
 pub use crate::key_columns::{KeyColumns, KeyError, key_of};
 pub use crate::parquet_read::{ReadError, locate_keys};
 use crate::positions::Positions;
+use crate::width;
 
 /// Rows of a row group.
 pub const ROW_GROUP_ROWS: usize = 32_768;
+/// Most decoded bytes of a row group, but for a single row. Batches end where row groups do: none comes near the 2 GiB
+/// that 32-bit offsets can count.
+pub const ROW_GROUP_BYTES: usize = 64 << 20;
 /// Rows of a page.
 pub const PAGE_ROWS: usize = 1_024;
 /// Smallest file that gets Bloom filters: below, reading its keys costs as much as reading the filter.
@@ -63,6 +69,10 @@ pub struct FileStats {
     pub rows: u64,
     /// Bytes.
     pub bytes: u64,
+    /// What the rows take decoded.
+    pub raw_bytes: u64,
+    /// What the widest of them takes.
+    pub widest_row: u64,
     /// Smallest key, memcomparable.
     pub min_key: Vec<u8>,
     /// Largest key.
@@ -109,7 +119,8 @@ pub enum WriteError<E: std::error::Error + 'static> {
 /// Writes one file of `table` to `out`. Batches hold the table's own columns and `_seq`, `_updated`, `_deleted`
 /// ([`TableEntry::arrow_schema`]), with keys that rise strictly over all batches. `epoch` is that of the shard's owner.
 ///
-/// Work for a blocking thread: nothing here waits. Memory: the first 1,024 rows or one batch, and a row group.
+/// Work for a blocking thread: nothing here waits. Memory: the first 1,024 rows or 64 MiB of them, one batch, and a row
+/// group.
 ///
 /// # Errors
 /// If rows do not fit the table or do not rise; nothing is sorted or dropped silently.
@@ -123,21 +134,33 @@ pub fn write<E: std::error::Error + 'static, W: Write + Send>(
     let mut batches = batches.into_iter().map(|batch| conform(batch, &schema));
     let head = take_head(&mut batches)?;
     let properties = properties(table, epoch, &schema, &head).map_err(WriteError::Parquet)?;
-    let mut writer =
-        ArrowWriter::try_new(out, SchemaRef::clone(&schema), Some(properties)).map_err(WriteError::Parquet)?;
+    let writer = ArrowWriter::try_new(out, SchemaRef::clone(&schema), Some(properties)).map_err(WriteError::Parquet)?;
+    let mut groups = RowGroups { writer, rows: 0, bytes: 0 };
     let mut seen = Seen::default();
     for batch in head.into_iter().map(Ok).chain(batches) {
         let batch = batch?;
-        seen.add(table, &batch)?;
-        writer.write(&batch).map_err(WriteError::Parquet)?;
+        let widths = width::of_rows(&batch);
+        seen.add(table, &batch, &widths)?;
+        groups.write(&batch, &widths).map_err(WriteError::Parquet)?;
     }
+    let mut writer = groups.writer;
     for (key, seq) in [(metadata_keys::MIN_SEQ, seen.min_seq), (metadata_keys::MAX_SEQ, seen.max_seq)] {
         writer.append_key_value_metadata(KeyValue::new(key.to_owned(), seq.to_string()));
     }
     writer.finish().map_err(WriteError::Parquet)?;
     let bytes = writer.bytes_written() as u64;
-    let Seen { rows, min_key, max_key, min_seq, max_seq, tombstones, deleted_since_us } = seen;
-    Ok(FileStats { rows: u64::from(rows), bytes, min_key, max_key, min_seq, max_seq, tombstones, deleted_since_us })
+    Ok(FileStats {
+        rows: u64::from(seen.rows),
+        bytes,
+        raw_bytes: seen.raw_bytes,
+        widest_row: seen.widest_row,
+        min_key: seen.min_key,
+        max_key: seen.max_key,
+        min_seq: seen.min_seq,
+        max_seq: seen.max_seq,
+        tombstones: seen.tombstones,
+        deleted_since_us: seen.deleted_since_us,
+    })
 }
 
 /// Gives a batch the table's schema with its field ids, which also checks types and NULLs.
@@ -154,24 +177,52 @@ fn conform<E: std::error::Error + 'static>(
     RecordBatch::try_new(SchemaRef::clone(schema), batch.columns().to_vec()).map_err(WriteError::Schema)
 }
 
-/// Batches until encodings and Bloom filters can be decided.
+/// Batches until encodings and Bloom filters can be decided, or a row group is full.
 fn take_head<E: std::error::Error + 'static>(
     batches: &mut impl Iterator<Item = Result<RecordBatch, WriteError<E>>>,
 ) -> Result<Vec<RecordBatch>, WriteError<E>> {
-    let (mut head, mut rows) = (Vec::new(), 0);
-    while rows < BLOOM_ROWS_MIN {
+    let (mut head, mut rows, mut bytes) = (Vec::new(), 0, 0);
+    while rows < BLOOM_ROWS_MIN && bytes < ROW_GROUP_BYTES {
         let Some(batch) = batches.next() else { break };
         let batch = batch?;
         rows += batch.num_rows();
+        bytes += width::of_rows(&batch).into_iter().sum::<usize>();
         head.push(batch);
     }
     if rows == 0 { Err(WriteError::Empty) } else { Ok(head) }
+}
+
+/// The file that is being written, and what its last row group has so far.
+struct RowGroups<W: Write> {
+    writer: ArrowWriter<W>,
+    rows: usize,
+    bytes: usize,
+}
+
+impl<W: Write + Send> RowGroups<W> {
+    /// Writes rows that take so much each.
+    fn write(&mut self, batch: &RecordBatch, widths: &[usize]) -> Result<(), ParquetError> {
+        let mut first = 0;
+        for (row, width) in widths.iter().enumerate() {
+            let is_full = self.rows == ROW_GROUP_ROWS || self.bytes + width > ROW_GROUP_BYTES;
+            if is_full && self.rows > 0 {
+                self.writer.write(&batch.slice(first, row - first))?;
+                self.writer.flush()?;
+                (self.rows, self.bytes, first) = (0, 0, row);
+            }
+            self.rows += 1;
+            self.bytes += width;
+        }
+        self.writer.write(&batch.slice(first, batch.num_rows() - first))
+    }
 }
 
 /// What the file's entry says, gathered row by row; and the last key, which the next must exceed.
 #[derive(Default)]
 struct Seen {
     rows: u32,
+    raw_bytes: u64,
+    widest_row: u64,
     min_key: Vec<u8>,
     max_key: Vec<u8>,
     min_seq: i64,
@@ -185,13 +236,16 @@ impl Seen {
         &mut self,
         table: &TableEntry,
         batch: &RecordBatch,
+        widths: &[usize],
     ) -> Result<(), WriteError<E>> {
         let keys = KeyColumns::find(table, batch).map_err(WriteError::Key)?;
         let seqs = batch.column(table.columns.len()).as_primitive::<Int64Type>();
         let updated = batch.column(table.columns.len() + 1).as_primitive::<TimestampMicrosecondType>();
         let deleted = batch.column(table.columns.len() + 2).as_boolean();
-        for row in 0..batch.num_rows() {
+        for (row, width) in widths.iter().enumerate() {
             let (key, seq) = (keys.key(row).map_err(WriteError::Key)?, seqs.value(row));
+            self.raw_bytes += *width as u64;
+            self.widest_row = self.widest_row.max(*width as u64);
             if self.rows == 0 {
                 self.min_key.clone_from(&key);
                 (self.min_seq, self.max_seq) = (seq, seq);

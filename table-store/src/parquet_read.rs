@@ -37,8 +37,6 @@ use crate::values::{self, ValueError};
 const FOOTER_BYTES: u64 = 512 << 10;
 /// Rows decoded at once.
 const BATCH_ROWS: usize = 8_192;
-/// Bytes decoded at once, about, where whole files are read.
-pub(crate) const BATCH_BYTES: usize = 32 << 20;
 
 /// The data files of one storage root: where their bytes come from, and their decoded footers.
 #[derive(Clone, Debug)]
@@ -55,10 +53,10 @@ impl DataFiles {
         Self { store, root, footers }
     }
 
-    /// Reads the file at `path`, which has `size` bytes.
+    /// Reads the file at `path`, which has `size` bytes and `rows` rows: one that has others is not read.
     #[must_use]
-    pub fn reader(&self, path: Path, size: u64) -> FileReader {
-        FileReader { files: self.clone(), path, size }
+    pub fn reader(&self, path: Path, size: u64, rows: u64) -> FileReader {
+        FileReader { files: self.clone(), path, size, rows }
     }
 }
 
@@ -123,6 +121,20 @@ pub enum ReadError {
         /// What is wrong.
         source: KeyError,
     },
+}
+
+impl ReadError {
+    /// What a reader of the file at `path` said.
+    fn of_reader(path: &str, said: ParquetError) -> Self {
+        let other = |source| Self::File { path: path.to_owned(), source };
+        match said {
+            ParquetError::External(inner) => match inner.downcast::<Self>() {
+                Ok(own) => *own,
+                Err(inner) => other(ParquetError::External(inner)),
+            },
+            said => other(said),
+        }
+    }
 }
 
 /// Where in `file` each of `keys` is that it holds, whatever the file's deletion vector says.
@@ -204,7 +216,7 @@ pub async fn read_rows(
     }
 }
 
-/// The rows of `file` but those at `without`, in file order.
+/// The rows of `file` but those at `without`, in file order, at most `batch_rows` at once.
 ///
 /// # Errors
 /// If the file cannot be read; the stream ends at the first error.
@@ -212,31 +224,21 @@ pub(crate) async fn read_all_but(
     files: &DataFiles,
     file: &FileEntry,
     without: &Positions,
+    batch_rows: usize,
 ) -> Result<Pin<Box<dyn Stream<Item = Result<RecordBatch, ReadError>> + Send>>, ReadError> {
     let path = file.path.clone();
     let failed = move |source| ReadError::File { path: path.clone(), source };
     let builder = open(files, file).await?;
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let selection = without.all_but(rows);
-    // Rows may have megabytes: then few at once.
-    let raw: u64 = builder.metadata().row_groups().iter().map(|group| group.total_byte_size().unsigned_abs()).sum();
-    let fit = BATCH_BYTES as u64 / (raw / file.rows.max(1)).max(1);
-    let batch_rows = usize::try_from(fit).unwrap_or(BATCH_ROWS).clamp(1, BATCH_ROWS);
     let batches = builder.with_row_selection(selection).with_batch_size(batch_rows).build().map_err(failed.clone())?;
     Ok(batches.map_err(failed).boxed())
 }
 
 async fn open(files: &DataFiles, file: &FileEntry) -> Result<ParquetRecordBatchStreamBuilder<FileReader>, ReadError> {
     let path = Path::parse(&file.path).map_err(|source| ReadError::Path { path: file.path.clone(), source })?;
-    let builder = ParquetRecordBatchStreamBuilder::new(files.reader(path, file.bytes))
-        .await
-        .map_err(|source| ReadError::File { path: file.path.clone(), source })?;
-    let rows = builder.metadata().file_metadata().num_rows();
-    if u64::try_from(rows) == Ok(file.rows) {
-        Ok(builder)
-    } else {
-        Err(ReadError::Rows { path: file.path.clone(), expected: file.rows, found: rows })
-    }
+    let opened = ParquetRecordBatchStreamBuilder::new(files.reader(path, file.bytes, file.rows)).await;
+    opened.map_err(|source| ReadError::of_reader(&file.path, source))
 }
 
 /// Rows that follow each other in key order, with the least and the greatest value of their first key column, as beginnings
@@ -466,12 +468,25 @@ fn bound(column: &Column, values: &ArrayRef, at: usize) -> Option<Vec<u8>> {
     value(column, values, at).ok().map(|value| key::encode(&[value]))
 }
 
-/// Reads ranges of one data file whose size is known, and its footer.
+/// Reads ranges of one data file whose size and number of rows are known, and its footer.
 #[derive(Debug, Clone)]
 pub struct FileReader {
     files: DataFiles,
     path: Path,
     size: u64,
+    rows: u64,
+}
+
+impl FileReader {
+    /// Positions and counts of rows are taken from manifests: they mean nothing in a file of other rows.
+    fn check(&self, footer: &ParquetMetaData) -> Result<(), ParquetError> {
+        let found = footer.file_metadata().num_rows();
+        if u64::try_from(found) == Ok(self.rows) {
+            return Ok(());
+        }
+        let other = ReadError::Rows { path: self.path.to_string(), expected: self.rows, found };
+        Err(ParquetError::External(Box::new(other)))
+    }
 }
 
 impl AsyncFileReader for FileReader {
@@ -500,6 +515,7 @@ impl AsyncFileReader for FileReader {
         async move {
             let key = Key { root: Arc::clone(&self.files.root), path: self.path.clone(), size: self.size };
             if let Some(footer) = self.files.footers.get(&key) {
+                self.check(&footer)?;
                 return Ok(footer);
             }
             let size = self.size;
@@ -508,6 +524,7 @@ impl AsyncFileReader for FileReader {
                 .with_prefetch_hint(Some(hint))
                 .with_page_index_policy(PageIndexPolicy::Optional);
             let footer = Arc::new(reader.load_and_finish(&mut *self, size).await?);
+            self.check(&footer)?;
             self.files.footers.keep(key, &footer);
             Ok(footer)
         }

@@ -388,6 +388,8 @@ impl Encoded {
             path: path.to_string(),
             rows: written.rows,
             bytes: bytes.len() as u64,
+            raw_bytes: written.raw_bytes,
+            widest_row: written.widest_row,
             min_key: written.min_key,
             max_key: written.max_key,
             min_seq: written.min_seq,

@@ -306,9 +306,9 @@ impl Writing {
             EncodedRow { key: row.key, value: row.value, fresh }
         };
         let rows: Vec<EncodedRow> = put.into_iter().chain(deleted).map(encoded).collect();
-        self.note_replaced(&rows);
         let engine = &self.engine;
         let _room = engine.take_room(&self.instance, &rows)?;
+        self.note_replaced(&rows);
         // The hold keeps it from moving.
         let (root, id) = (self.instance.root(&self.table), self.instance.id.clone());
         let stamps = if self.instance.stores_first.load(Ordering::Relaxed) {
@@ -369,5 +369,48 @@ impl Engine {
         }
         self.schedule.urge(&instance.id);
         Err(WriteError::BufferFull { bytes: buffered, limit })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kalamdb_model::{OnRemoval, UserId, compile, key};
+    use kalamdb_test_support::pod::MANIFESTS;
+
+    use super::*;
+    use crate::catalog::CatalogHandle;
+    use crate::engine::{EngineLimits, Secrets, Storages};
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn what_a_refused_statement_would_have_replaced_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), MANIFESTS.to_owned())]);
+        let catalog = CatalogHandle::open(dir.path()).unwrap();
+        catalog.serve(compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain).0);
+        let table = Arc::new(catalog.current().catalog.tables.values().next().unwrap().clone());
+        let storages = Storages::new(dir.path().to_owned(), Secrets::default());
+        let limits = EngineLimits {
+            instance_bytes_max: 1_000,
+            disk_reserve_bytes: 0,
+            buffered_bytes_max: 1 << 30,
+            garbage_after_secs: 0,
+            orphans_after_secs: 0,
+            flushes_max: 1,
+        };
+        let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::new(Metrics::default())).unwrap();
+        let owner = Owner::User(UserId::new("alice").unwrap());
+        let id = Engine::instance_id(&table, &owner);
+        let row_of = |id: i64, bytes: usize| {
+            let values = [Value::BigInt(id), Value::Text("x".repeat(bytes))];
+            NewRow { key: key::encode(&values[..1]), value: row::encode(&table, &values) }
+        };
+        engine.write(&table, &owner).await.unwrap().insert(vec![row_of(1, 1)]).await.unwrap();
+        engine.flush(&id).await.unwrap();
+        engine.write(&table, &owner).await.unwrap().insert(vec![row_of(2, 1_000)]).await.unwrap();
+        let refused = engine.write(&table, &owner).await.unwrap().commit(vec![row_of(1, 2)], Vec::new()).await;
+        assert!(matches!(refused, Err(WriteError::BufferFull { .. })), "{refused:?}");
+        assert!(engine.instances.get(&id).unwrap().current.read().located.is_empty());
+        engine.close(Duration::from_secs(5)).await;
     }
 }

@@ -27,6 +27,7 @@ mod system_tables;
 mod unfolding;
 mod users;
 mod weight;
+mod width;
 mod wildcard;
 mod workers;
 

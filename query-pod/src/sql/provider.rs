@@ -36,6 +36,7 @@ use object_store::ObjectMeta;
 use parquet::arrow::async_reader::AsyncFileReader;
 
 use super::session::store_url;
+use super::width::{self, Width};
 use super::{owner_for, params};
 use crate::auth::Identity;
 use crate::engine::{Engine, ReadError, Rows};
@@ -148,10 +149,15 @@ impl ParquetFileReaderFactory for Readers {
         _: Option<usize>,
         _: &ExecutionPlanMetricsSet,
     ) -> Result<Box<dyn AsyncFileReader + Send>> {
+        let rows = file.extension::<FileRows>().map(|rows| rows.0);
+        let rows = rows.ok_or_else(|| DataFusionError::Internal("a file of unknown rows".to_owned()))?;
         let ObjectMeta { location, size, .. } = file.object_meta;
-        Ok(Box::new(self.0.reader(location, size)))
+        Ok(Box::new(self.0.reader(location, size, rows)))
     }
 }
+
+/// How many rows the manifest says that a file has.
+struct FileRows(u64);
 
 /// The file without the rows that are deleted or replaced, in the file itself or by rows of the buffer, and how many
 /// that leaves; `None` if none.
@@ -171,7 +177,7 @@ pub(super) fn partitioned(file: &FileEntry, replaced: Option<&Positions>) -> Res
         object_store::path::Path::parse(&file.path).map_err(|error| DataFusionError::External(Box::new(error)))?;
     let last_modified = chrono::DateTime::from_timestamp_micros(file.created_us).unwrap_or_default();
     let object = ObjectMeta { location, last_modified, size: file.bytes, e_tag: None, version: None };
-    let found = PartitionedFile::new_from_meta(object);
+    let found = PartitionedFile::new_from_meta(object).with_extension(FileRows(file.rows));
     let file = if hidden.is_empty() { found } else { found.with_extension(ParquetRowSelection::new(selection)) };
     Ok(Some((file, shown)))
 }
@@ -214,6 +220,10 @@ impl TableProvider for InstanceTable {
             .map_err(|error| external(super::engine_errors::of_read(&error)))?;
         let batches = rows.buffered.iter().map(|batch| self.filter(state, filters, batch.clone()));
         let batches: Vec<RecordBatch> = batches.collect::<Result<_>>()?;
+        if let Some(seen) = state.config().get_extension::<Width>() {
+            seen.note(&self.table, &rows.view.manifest.files, &batches);
+        }
+        let batches = width::cut(batches, state.config().batch_size())?;
         let schema = batches.first().map_or_else(|| Arc::clone(&self.schema), RecordBatch::schema);
         let hot = MemorySourceConfig::try_new_exec(&[batches], schema, wanted_of_decoded)?;
         match self.files(state, &rows, projection, filters, bounded)? {

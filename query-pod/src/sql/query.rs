@@ -13,7 +13,7 @@ use datafusion::execution::TaskContext;
 use datafusion::execution::context::SessionState;
 use datafusion::logical_expr::expr::Placeholder;
 use datafusion::logical_expr::{Expr, LogicalPlan};
-use datafusion::physical_plan::execute_stream;
+use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::sql::parser::Statement as PlannerStatement;
 use futures::StreamExt as _;
 use parquet::errors::ParquetError;
@@ -21,6 +21,7 @@ use parquet::errors::ParquetError;
 use super::parse::{self, QueryStatement};
 use super::plans::Planned;
 use super::session::Given;
+use super::width::{BATCH_ROWS, Width};
 use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
 use crate::catalog::Snapshot;
 use crate::engine::StoragesError;
@@ -141,16 +142,36 @@ impl Sql {
     }
 }
 
+/// Optimizes `plan`, and says what it runs with. Where rows are wide it is planned twice: only scans tell how wide, and
+/// filters take the number of rows of a batch when they are planned.
+async fn physical(
+    state: &mut SessionState,
+    task: Arc<TaskContext>,
+    plan: &LogicalPlan,
+) -> Result<(Arc<dyn ExecutionPlan>, Arc<TaskContext>), DataFusionError> {
+    let physical = state.create_physical_plan(plan).await?;
+    let rows = state.config().get_extension::<Width>().map_or(BATCH_ROWS, |width| width.batch_rows());
+    if rows == BATCH_ROWS {
+        return Ok((physical, task));
+    }
+    drop(physical);
+    let config = state.config().clone().with_batch_size(rows);
+    *state.config_mut() = config;
+    let physical = state.create_physical_plan(plan).await?;
+    let task = TaskContext::from(&*state).with_runtime(task.runtime_env());
+    Ok((physical, Arc::new(task)))
+}
+
 /// Optimizes and runs `plan`, and keeps what it gives.
 async fn collect(
-    state: SessionState,
+    mut state: SessionState,
     task: Arc<TaskContext>,
     plan: LogicalPlan,
     snapshot: Arc<Snapshot>,
     limits: super::SqlLimits,
 ) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
     let explain = |error| of_datafusion(error, &snapshot, &limits);
-    let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
+    let (physical, task) = physical(&mut state, task, &plan).await.map_err(explain)?;
     let schema = physical.schema();
     let mut stream = execute_stream(physical, task).map_err(explain)?;
     let (mut batches, mut bytes) = (Vec::new(), 0);
@@ -171,7 +192,7 @@ async fn collect(
 
 /// Optimizes and runs `plan`.
 async fn run(
-    state: SessionState,
+    mut state: SessionState,
     task: Arc<TaskContext>,
     plan: LogicalPlan,
     snapshot: Arc<Snapshot>,
@@ -183,7 +204,7 @@ async fn run(
         // EXPLAIN shows what cannot be planned as a row.
         state.create_physical_plan(&explained.plan).await.map_err(explain)?;
     }
-    let physical = state.create_physical_plan(&plan).await.map_err(explain)?;
+    let (physical, task) = physical(&mut state, task, &plan).await.map_err(explain)?;
     let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max, room);
     let mut batches = execute_stream(physical, task).map_err(explain)?;
     while let Some(batch) = batches.next().await {

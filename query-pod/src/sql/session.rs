@@ -21,6 +21,7 @@ use object_store::ObjectStore;
 
 use super::parse::TABLE_FUNCTIONS;
 use super::parse_dml::GIVEN;
+use super::width::{BATCH_ROWS, Width};
 use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum, system_tables};
 use crate::auth::Identity;
 use crate::catalog::{CatalogHandle, Snapshot};
@@ -29,9 +30,6 @@ use crate::error::{ApiError, Kind};
 
 /// The one catalog that sessions have; users need not name it.
 const CATALOG: &str = "kalam";
-
-/// Rows per batch, DataFusion's default.
-const BATCH_ROWS: usize = 8_192;
 
 /// Makes sessions.
 pub(super) struct Sessions {
@@ -84,6 +82,7 @@ impl Sessions {
         let mut state = self.template.clone();
         let config = state.config_mut();
         config.set_extension(Arc::new(identity.clone()));
+        config.set_extension(Arc::new(Width::default()));
         functions::speak_for(identity, config);
         if let Some(namespace) = namespace {
             config.options_mut().catalog.default_schema = namespace.to_owned();

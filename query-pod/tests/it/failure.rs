@@ -399,6 +399,34 @@ async fn a_lost_file_is_an_error_and_never_fewer_rows() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn a_file_of_other_rows_than_its_manifest_says_is_an_error_and_never_those_rows() -> anyhow::Result<()> {
+    let home = Home::new(BINARY, MANIFESTS)?;
+    let pod = home.start().await?;
+    insert(&pod, "alice", 0..500).await?;
+    insert(&pod, "bob", 0..10).await?;
+    let flushed = async |user: &str| {
+        pod.run(user, "STORAGE FLUSH TABLE app.messages", json!([])).await?;
+        let folder = home.data_dir().join("files/users").join(user).join("app/messages");
+        anyhow::Ok(folder.join(data_files_below(&folder)?.first().context("a file")?))
+    };
+    let (file, other) = (flushed("alice").await?, std::fs::read(flushed("bob").await?)?);
+    let bytes = std::fs::read(&file)?;
+    // Parquet is read from its end: room between data and footer makes the file as long as the one that it replaces.
+    let (length, _) = other.last_chunk::<8>().context("an end")?.split_first_chunk::<4>().context("a length")?;
+    let footer = other.len() - 8 - usize::try_from(u32::from_le_bytes(*length))?;
+    let room = vec![0_u8; bytes.len().checked_sub(other.len()).context("a longer file")?];
+    std::fs::write(&file, [&other[..footer], room.as_slice(), &other[footer..]].concat())?;
+    for sql in ["SELECT id FROM app.messages", "SELECT count(body) FROM app.messages"] {
+        let answer = pod.sql("alice", sql, json!([])).await?;
+        ensure!(answer.status >= 500, "{sql}: {}", answer.body);
+    }
+    ensure!(home.log().contains("has 10 rows, its manifest says 500"), "{}", home.log());
+    std::fs::write(&file, &bytes)?;
+    ensure!(ids(&pod, "alice").await?.len() == 500);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_storage_whose_folder_is_not_there_is_never_made_anew() -> anyhow::Result<()> {
     let home = Home::new(BINARY, MANIFESTS)?;
     let mut pod = home.start().await?;

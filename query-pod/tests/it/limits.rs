@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use futures::StreamExt as _;
 use kalamdb_test_support::pod::{Home, Pod, eventually};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::{BINARY, declare, refusal, refused, returns, user_table};
+use super::{BINARY, declare, refusal, refused, returns, rows, user_table};
 
 fn manifests() -> String {
     declare(&[user_table("t", &["id, type: BIGINT, primaryKey: true, default: SNOWFLAKE_ID()", "body, type: TEXT"])])
@@ -255,6 +256,49 @@ async fn the_memory_of_a_query_is_bounded() -> anyhow::Result<()> {
         still_answers(&pod, 0).await?;
     }
     Ok(())
+}
+
+/// The one file that alice's part of `app.big` consists of: its entry, and how many rows its row groups have.
+fn only_file(home: &Home) -> anyhow::Result<(Value, Vec<i64>)> {
+    let files = home.data_dir().join("files");
+    let manifest = std::fs::read(files.join("users/alice/app/big/_manifest.json"))?;
+    let manifest: Value = serde_json::from_slice(&manifest)?;
+    let [entry] = manifest["files"].as_array().context("files")?.as_slice() else { anyhow::bail!("{manifest}") };
+    let file = std::fs::File::open(files.join(entry["path"].as_str().context("its path")?))?;
+    let footer = ParquetRecordBatchReaderBuilder::try_new(file)?;
+    let groups = footer.metadata().row_groups().iter().map(|group| group.num_rows()).collect();
+    Ok((entry.clone(), groups))
+}
+
+#[tokio::test]
+async fn rows_of_a_megabyte_are_read_changed_and_compacted_a_few_at_a_time() -> anyhow::Result<()> {
+    let columns = ["id, type: BIGINT, primaryKey: true", "s, type: TEXT"];
+    let home = Home::new(BINARY, &declare(&[user_table("big", &columns)]))?;
+    let pod = home.start().await?;
+    for first in [0, 50] {
+        let rows = format!("SELECT value + {first}, repeat('x', 1000000) FROM generate_series(1, 50)");
+        ensure!(pod.run("alice", &format!("INSERT INTO app.big {rows}"), json!([])).await? == 50);
+        pod.run("alice", "STORAGE FLUSH TABLE app.big", json!([])).await?;
+    }
+    ensure!(pod.run("alice", "STORAGE COMPACT TABLE app.big", json!([])).await? == 2);
+    // Next to nothing on disk, and 100 MB in memory: read in parts all the same.
+    let (entry, groups) = only_file(&home)?;
+    ensure!(entry["bytes"].as_u64() < Some(1 << 20) && entry["rawBytes"].as_u64() > Some(100_000_000), "{entry}");
+    ensure!(groups == [67, 33], "{groups:?}");
+    let sum = "SELECT count(*), sum(length(s)) FROM app.big";
+    returns(&pod, "alice", sum, json!([["100", "100000000"]])).await?;
+    // What a filter leaves is not glued together again.
+    let explain = "EXPLAIN ANALYZE SELECT id FROM app.big WHERE s <> ''";
+    let analyzed = rows(&pod, "alice", explain, json!([])).await?.to_string();
+    let (_, filter) = analyzed.split_once("FilterExec").context("a filter")?;
+    let (_, batches) = filter.split_once("output_batches=").context("its batches")?;
+    let batches: u64 = batches.chars().take_while(char::is_ascii_digit).collect::<String>().parse()?;
+    ensure!(batches >= 3, "{batches} batches of 32 MiB: {analyzed}");
+    ensure!(pod.run("alice", "UPDATE app.big SET s = s || 'y' WHERE id <= 20", json!([])).await? == 20);
+    returns(&pod, "alice", sum, json!([["100", "100000020"]])).await?;
+    pod.run("alice", "STORAGE FLUSH TABLE app.big", json!([])).await?;
+    ensure!(pod.run("alice", "STORAGE COMPACT TABLE app.big", json!([])).await? == 2);
+    returns(&pod, "alice", sum, json!([["100", "100000020"]])).await
 }
 
 #[tokio::test]

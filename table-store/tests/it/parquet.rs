@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_array::types::Int64Type;
@@ -16,6 +17,7 @@ use kalamdb_table_store::{DataFiles, FileEntry, Footers, Positions};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::file::metadata::PageIndexPolicy;
 
 use crate::backend::Store;
@@ -33,6 +35,8 @@ fn entry(stats: &FileStats) -> FileEntry {
         path: "users/a/app/t/file.parquet".to_owned(),
         rows: stats.rows,
         bytes: stats.bytes,
+        raw_bytes: stats.raw_bytes,
+        widest_row: stats.widest_row,
         min_key: stats.min_key.clone(),
         max_key: stats.max_key.clone(),
         min_seq: stats.min_seq,
@@ -141,6 +145,22 @@ pub async fn a_file_that_is_not_what_its_entry_says_is_an_error(store: Store) {
     assert!(locate_keys(&files(&store), &file, &table, &elsewhere).await.unwrap().is_empty(), "no request is needed");
 }
 
+#[tokio::test]
+async fn a_reader_takes_no_file_of_other_rows_from_the_store_or_from_memory() {
+    let store = crate::backend::memory();
+    let table = table(&[("id", "BIGINT", true)]);
+    let file = upload(&store, &table, vec![batch(&table, vec![longs(0..10)], 1)]).await;
+    let files = DataFiles::new(Arc::clone(&store), "test".into(), Footers::new(1 << 20));
+    let read = async |rows: u64| {
+        let mut reader = files.reader(Path::parse(&file.path).unwrap(), file.bytes, rows);
+        reader.get_metadata(None).await.map(|footer| footer.file_metadata().num_rows())
+    };
+    let refused = async |rows: u64| read(rows).await.unwrap_err().to_string();
+    assert!(refused(9).await.ends_with("has 10 rows, its manifest says 9"), "{}", refused(9).await);
+    assert_eq!(read(10).await.unwrap(), 10);
+    assert!(refused(11).await.ends_with("has 10 rows, its manifest says 11"), "{}", refused(11).await);
+}
+
 fn read(bytes: &Bytes) -> ParquetRecordBatchReaderBuilder<Bytes> {
     let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Required);
     ParquetRecordBatchReaderBuilder::try_new_with_options(bytes.clone(), options).unwrap()
@@ -228,6 +248,24 @@ fn a_large_file_is_laid_out_as_promised() {
     ]
     .map(of_file);
     assert_eq!(facts, ["1", "3", "5", "0", "69999"]);
+}
+
+#[test]
+fn a_row_group_ends_at_64_mib_of_decoded_rows_however_little_they_take_encoded() {
+    let table = table(&[("id", "BIGINT", true), ("body", "TEXT", false)]);
+    let rows = |ids: Range<i64>| {
+        let bodies = texts(ids.clone().map(|_| "x".repeat(1 << 20)));
+        batch(&table, vec![longs(ids.clone()), bodies], ids.start)
+    };
+    for batches in [vec![rows(0..70)], (0..70).map(|id| rows(id..id + 1)).collect()] {
+        let (bytes, stats) = write(&table, batches).unwrap();
+        let groups: Vec<i64> = read(&bytes).metadata().row_groups().iter().map(|group| group.num_rows()).collect();
+        assert_eq!(groups, [63, 7]);
+        // Beside the text and its offset: three times eight bytes, and a boolean.
+        let row = (1 << 20) + 4 + 3 * 8 + 1;
+        assert_eq!((stats.raw_bytes, stats.widest_row), (70 * row, row));
+        assert!(stats.bytes < 1 << 20, "{} bytes", stats.bytes);
+    }
 }
 
 #[test]

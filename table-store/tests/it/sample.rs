@@ -26,6 +26,8 @@ pub fn file(n: u64) -> FileEntry {
         path: format!("users/alice/app/messages/00000001-{n:016x}-01jarz3ndektsv4rrffq69g5fa.parquet"),
         rows: n,
         bytes: 1_000 + n,
+        raw_bytes: 0,
+        widest_row: 0,
         min_key: n.to_be_bytes().to_vec(),
         max_key: (n + 1).to_be_bytes().to_vec(),
         min_seq: 1_732_000_000_000_000,
