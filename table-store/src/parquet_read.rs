@@ -382,7 +382,9 @@ async fn rows_below(
         let below = match middle.is_below(bound) {
             Some(true) => span.len(),
             Some(false) => 0,
-            None => keys_of(files, file, table, span.clone(), rows).await?.partition_point(|key| key.as_slice() < bound),
+            None => {
+                keys_of(files, file, table, span.clone(), rows).await?.partition_point(|key| key.as_slice() < bound)
+            }
         };
         if below == 0 {
             end = span.start;

@@ -251,13 +251,7 @@ impl Store {
         sources.iter().try_for_each(|source| source.rows.status().map_err(reading))
     }
 
-    fn source(
-        &self,
-        instance: &InstanceId,
-        generation: Generation,
-        range: &KeyRange,
-        descending: bool,
-    ) -> Source<'_> {
+    fn source(&self, instance: &InstanceId, generation: Generation, range: &KeyRange, descending: bool) -> Source<'_> {
         let from = keys::row_key(instance, generation, &range.from);
         let to = match &range.to {
             Some(to) => Some(keys::row_key(instance, generation, to)),
@@ -308,7 +302,12 @@ impl Store {
         if after < reclaimed { Err(ReadError::Reclaimed { after, reclaimed }) } else { Ok(()) }
     }
 
-    pub(crate) fn get_each(&self, instance: &InstanceId, after: Generation, pks: &[&[u8]]) -> Result<Vec<Found>, ReadError> {
+    pub(crate) fn get_each(
+        &self,
+        instance: &InstanceId,
+        after: Generation,
+        pks: &[&[u8]],
+    ) -> Result<Vec<Found>, ReadError> {
         // Before the look-ups it bounds their number; what counts is the same check after them.
         self.check_readable(instance, after)?;
         let active = self.state(instance)?.active;

@@ -104,7 +104,9 @@ impl Engine {
         }
         self.check_owner(table, &instance.id, &view)?;
         let mut files: Vec<&FileEntry> = view.manifest.files.iter().filter(|file| meets(file, &range)).collect();
-        files.sort_by(|one, other| if descending { other.max_key.cmp(&one.max_key) } else { one.min_key.cmp(&other.min_key) });
+        files.sort_by(
+            |one, other| if descending { other.max_key.cmp(&one.max_key) } else { one.min_key.cmp(&other.min_key) },
+        );
         if files.is_empty() {
             return Ok(Some(in_order(found)));
         }
@@ -137,9 +139,7 @@ impl Engine {
 
 /// Whether `file` may have keys in `range`.
 fn meets(file: &FileEntry, range: &KeyRange) -> bool {
-    file.min_key <= file.max_key
-        && range.from <= file.max_key
-        && range.to.as_ref().is_none_or(|to| file.min_key < *to)
+    file.min_key <= file.max_key && range.from <= file.max_key && range.to.as_ref().is_none_or(|to| file.min_key < *to)
 }
 
 fn in_order(found: Found) -> Vec<Row> {

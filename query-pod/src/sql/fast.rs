@@ -11,11 +11,11 @@ use arrow::array::{Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema};
 use datafusion::sql::sqlparser::ast::{
     self, BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArgumentList, FunctionArguments,
-    GroupByExpr, Ident, LimitClause, ObjectName, ObjectNamePart, OrderBy, OrderByExpr, OrderByKind, Query, Select, SelectItem,
-    SelectItemQualifiedWildcardKind, SetExpr, TableFactor, UnaryOperator, Value as Literal, ValueWithSpan,
+    GroupByExpr, Ident, LimitClause, ObjectName, ObjectNamePart, OrderBy, OrderByExpr, OrderByKind, Query, Select,
+    SelectItem, SelectItemQualifiedWildcardKind, SetExpr, TableFactor, UnaryOperator, Value as Literal, ValueWithSpan,
 };
-use kalamdb_model::names::SYSTEM_COLUMNS;
 use kalamdb_model::key::{self, KeyRange};
+use kalamdb_model::names::SYSTEM_COLUMNS;
 use kalamdb_model::{Column, ColumnType, TableEntry, Value};
 use kalamdb_write_buffer::{BatchBuilder, RowError, row};
 use serde_json::value::RawValue;
@@ -495,7 +495,9 @@ impl Source {
             return None;
         }
         let twice = match (op, turned) {
-            (BinaryOperator::Eq, _) if column.above.is_none() && column.below.is_none() => column.equal.replace(value).is_some(),
+            (BinaryOperator::Eq, _) if column.above.is_none() && column.below.is_none() => {
+                column.equal.replace(value).is_some()
+            }
             (BinaryOperator::Gt, false) | (BinaryOperator::Lt, true) => column.above.replace((value, false)).is_some(),
             (BinaryOperator::GtEq, false) | (BinaryOperator::LtEq, true) => {
                 column.above.replace((value, true)).is_some()

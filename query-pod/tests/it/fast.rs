@@ -347,7 +347,11 @@ fn ordered(rng: &mut StdRng, shape: &Shape) -> Asked {
         for _ in 0..rng.random_range(0..3) {
             let (value, _) = value(rng, kind);
             let operator = pick(rng, &["<", "<=", ">", ">="]);
-            parts.push(if rng.random() { format!("{name} {operator} {value}") } else { format!("{value} {operator} {name}") });
+            parts.push(if rng.random() {
+                format!("{name} {operator} {value}")
+            } else {
+                format!("{value} {operator} {name}")
+            });
             // Two may be on the same side; UUIDs are not compared.
             sure = false;
         }
@@ -586,8 +590,10 @@ async fn a_row_is_found_by_its_key_for_its_owner_alone_wherever_it_lies() -> any
 #[tokio::test]
 async fn rows_by_order_are_found_in_the_middle_of_many_files() -> anyhow::Result<()> {
     let single = user_table("single", &["id, type: BIGINT, primaryKey: true", "v, type: TEXT"]);
-    let pair =
-        user_table("pair", &["room, type: TEXT, primaryKey: true", "id, type: BIGINT, primaryKey: true", "v, type: TEXT"]);
+    let pair = user_table(
+        "pair",
+        &["room, type: TEXT, primaryKey: true", "id, type: BIGINT, primaryKey: true", "v, type: TEXT"],
+    );
     let home = Home::new(BINARY, &declare(&[single, pair]))?;
     let pod = home.start().await?;
     let run = async |sql: &str| pod.run("alice", sql, json!([])).await.with_context(|| sql.to_owned());

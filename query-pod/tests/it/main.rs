@@ -31,24 +31,27 @@ use serde_json::{Value, json};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_kalamdb-query-pod");
 
-/// A storage on the local file system, the namespace `app`, and `tables`.
+/// A storage on the local file system.
+fn storage(name: &str, path: &str) -> String {
+    format!(
+        "---\napiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: {name}}}\nspec:\n  \
+         type: Filesystem\n  filesystem: {{path: {path}}}\n  \
+         userTablesTemplate: users/{{userId}}/{{namespace}}/{{tableName}}\n  \
+         sharedTablesTemplate: shared/{{namespace}}/{{tableName}}\n"
+    )
+}
+
+/// The namespace `app`, whose tables lie in `storage`.
+fn namespace(storage: &str) -> String {
+    format!(
+        "---\napiVersion: kalamdb.org/v1alpha1\nkind: Namespace\nmetadata: {{name: app}}\nspec: {{defaultStorage: \
+         {storage}}}\n"
+    )
+}
+
+/// A storage in the data folder, the namespace `app`, and `tables`.
 fn declare(tables: &[String]) -> String {
-    let head = "
-apiVersion: kalamdb.org/v1alpha1
-kind: Storage
-metadata: {name: local}
-spec:
-  type: Filesystem
-  filesystem: {path: ./files}
-  userTablesTemplate: users/{userId}/{namespace}/{tableName}
-  sharedTablesTemplate: shared/{namespace}/{tableName}
----
-apiVersion: kalamdb.org/v1alpha1
-kind: Namespace
-metadata: {name: app}
-spec: {defaultStorage: local}
-";
-    format!("{head}{}", tables.concat())
+    format!("{}{}{}", storage("local", "./files"), namespace("local"), tables.concat())
 }
 
 /// A table in `app` with columns like `id, type: BIGINT, primaryKey: true`, and more lines of its spec.

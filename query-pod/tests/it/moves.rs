@@ -15,22 +15,11 @@ use kalamdb_test_support::pod::{Home, Pod, eventually, files_below};
 use serde_json::json;
 
 use crate::world::{World, contents, insert, message, user};
-use crate::{BINARY, refusal, rows};
+use crate::{BINARY, namespace, refusal, rows, storage};
 
 /// A table in the storage `home`, whose users may have others, and two of these.
 fn manifests() -> String {
-    let storage = |name: &str| {
-        format!(
-            "apiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: {name}}}\nspec:\n  type: Filesystem\n  \
-             filesystem: {{path: /{name}}}\n  userTablesTemplate: users/{{userId}}/{{namespace}}/{{tableName}}\n  \
-             sharedTablesTemplate: shared/{{namespace}}/{{tableName}}\n---\n"
-        )
-    };
     let table = "
-apiVersion: kalamdb.org/v1alpha1
-kind: Namespace
-metadata: {name: app}
-spec: {defaultStorage: home}
 ---
 apiVersion: kalamdb.org/v1alpha1
 kind: UserTable
@@ -44,7 +33,8 @@ spec:
   useUserStorage: true
   flushPolicy: {rows: 10000, interval: 1h}
 ";
-    format!("{}{}{}{table}", storage("home"), storage("eu"), storage("us"))
+    let storages = STORAGES.map(|name| storage(name, &format!("/{name}"))).concat();
+    format!("{storages}{}{table}", namespace("home"))
 }
 
 fn stored_first() -> String {

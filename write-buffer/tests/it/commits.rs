@@ -130,7 +130,10 @@ async fn counters_are_the_same_after_a_restart_and_count_a_key_once() {
     let before: Vec<(_, Counters)> = {
         let buffer = open(directory.path());
         buffer.commit(alice.clone(), vec![message(1, "a"), message(1, "longer"), message(2, "b")]).await.unwrap();
-        buffer.commit(alice.clone(), vec![EncodedRow { fresh: Fresh::No, ..message(2, "another text") }, message(3, "")]).await.unwrap();
+        buffer
+            .commit(alice.clone(), vec![EncodedRow { fresh: Fresh::No, ..message(2, "another text") }, message(3, "")])
+            .await
+            .unwrap();
         buffer.commit(instance("bob"), vec![message(1, "x")]).await.unwrap();
         buffer.freeze(instance("bob")).await.unwrap();
         buffer.commit(instance("bob"), vec![message(1, "y")]).await.unwrap();
