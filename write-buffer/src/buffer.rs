@@ -19,7 +19,7 @@ use crate::keys;
 use crate::record::Record;
 use crate::row::{self, Header};
 use crate::state::Counters;
-use crate::store::{Found, Store, Visit};
+use crate::store::{Found, Moment, Store, Visit};
 
 /// Most bytes of rows that wait in the queue; one statement is taken however large it is.
 const QUEUE_BYTES_MAX: usize = 256 << 20;
@@ -310,13 +310,19 @@ impl WriteBuffer {
         self.0.store.record(instance)
     }
 
+    /// The rows of all instances as of now. Not to be kept for long: what is removed stays on the disk as long.
+    #[must_use]
+    pub fn moment(&self) -> Moment<'_> {
+        self.0.store.moment()
+    }
+
     /// Visits the newest version of each row, deleted ones too, in generations above `after`, by key, as of one moment.
     ///
     /// # Errors
     /// If reading fails, or generations above `after` are being removed ([`ReadError::Reclaimed`]): never a shorter
     /// answer.
     pub fn scan(&self, instance: &InstanceId, after: Generation, visit: Visit<'_>) -> Result<(), ReadError> {
-        self.0.store.scan(instance, after, &KeyRange::default(), false, visit)
+        self.0.store.moment().generations(instance, after)?.scan(visit)
     }
 
     /// As [`WriteBuffer::scan`], of the rows whose keys are in `range`, from the greatest if `descending`.
@@ -331,7 +337,7 @@ impl WriteBuffer {
         descending: bool,
         visit: Visit<'_>,
     ) -> Result<(), ReadError> {
-        self.0.store.scan(instance, after, range, descending, visit)
+        self.0.store.moment().generations(instance, after)?.scan_range(range, descending, visit)
     }
 
     /// Visits the rows of one generation by key: what a flush writes.

@@ -27,4 +27,4 @@ pub use keys::KeyError;
 pub use record::{Record, RecordError};
 pub use row::{RowError, RowView};
 pub use state::Counters;
-pub use store::{Found, Visit};
+pub use store::{Found, Generations, Moment, Visit};

@@ -13,7 +13,7 @@ use kalamdb_model::key::KeyRange;
 use kalamdb_model::{Generation, InstanceId, key};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRawIterator,
-    DBRecoveryMode, ReadOptions, WriteBatch, WriteOptions,
+    DBRecoveryMode, ReadOptions, Snapshot, WriteBatch, WriteOptions,
 };
 
 use crate::buffer::Adopted;
@@ -52,6 +52,21 @@ const RECLAIM_BATCH_ROWS: usize = 4_096;
 struct Source<'a> {
     generation: Generation,
     rows: DBRawIterator<'a>,
+}
+
+/// The rows of all instances as they were when this was made: what a client was told to be written before is there, of
+/// whatever instance, and nothing that was written later. RocksDB keeps what is removed meanwhile until it is dropped.
+pub struct Moment<'a> {
+    store: &'a Store,
+    snapshot: Snapshot<'a>,
+}
+
+/// The rows of an instance in its generations above one, as of a [`Moment`].
+pub struct Generations<'a> {
+    moment: &'a Moment<'a>,
+    instance: &'a InstanceId,
+    after: Generation,
+    active: Generation,
 }
 
 /// The newest version of a row, if there is one, and its generation.
@@ -195,28 +210,27 @@ impl Store {
         self.states.dirty()
     }
 
+    pub(crate) fn moment(&self) -> Moment<'_> {
+        Moment { store: self, snapshot: self.db.snapshot() }
+    }
+
     /// By key, from the greatest if `descending`.
-    pub(crate) fn scan(
+    fn scan_generations(
         &self,
-        instance: &InstanceId,
-        after: Generation,
+        of: &Generations<'_>,
         range: &KeyRange,
         descending: bool,
         visit: Visit<'_>,
     ) -> Result<(), ReadError> {
+        let Generations { moment, instance, after, active } = of;
         let Some(first) = after.0.checked_add(1) else { return Ok(()) };
         if range.is_empty() {
             return Ok(());
         }
         let offset = keys::generation_offset(instance);
-        let active = self.state(instance)?.active;
-        // The newest generation first: an older one has not changed since the newest began, so that what all of them show
-        // is the state at the moment of the first.
         let generations = (first..=active.0).rev().map(Generation);
-        let source = |generation| self.source(instance, generation, range, descending);
+        let source = |generation| self.source(&moment.snapshot, (instance, generation), range, descending);
         let mut sources: Vec<Source<'_>> = generations.map(source).collect();
-        // After the iterators: a removal that begins from now on is not seen by them.
-        self.check_readable(instance, after)?;
         let mut last: Vec<u8> = Vec::new();
         loop {
             let mut next: Option<(usize, &[u8])> = None;
@@ -251,15 +265,28 @@ impl Store {
         sources.iter().try_for_each(|source| source.rows.status().map_err(reading))
     }
 
-    fn source(&self, instance: &InstanceId, generation: Generation, range: &KeyRange, descending: bool) -> Source<'_> {
+    fn source<'m>(
+        &self,
+        snapshot: &'m Snapshot<'_>,
+        (instance, generation): (&InstanceId, Generation),
+        range: &KeyRange,
+        descending: bool,
+    ) -> Source<'m> {
         let from = keys::row_key(instance, generation, &range.from);
         let to = match &range.to {
             Some(to) => Some(keys::row_key(instance, generation, to)),
             None => key::after(&keys::generation_prefix(instance, generation)),
         };
-        let mut rows = self.rows(from, to);
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(from.as_slice());
+        if let Some(to) = to {
+            options.set_iterate_upper_bound(to);
+        }
+        let mut rows = snapshot.raw_iterator_cf_opt(self.family(ROWS), options);
         if descending {
             rows.seek_to_last();
+        } else {
+            rows.seek(from);
         }
         Source { generation, rows }
     }
@@ -453,6 +480,45 @@ impl Store {
         }
         iterator.status().map_err(reading)?;
         Ok(found)
+    }
+}
+
+impl Moment<'_> {
+    /// The generations of `instance` above `after`.
+    ///
+    /// # Errors
+    /// If its state cannot be read, or such generations are being removed ([`ReadError::Reclaimed`]). What is not by
+    /// now stays readable.
+    pub fn generations<'m>(
+        &'m self,
+        instance: &'m InstanceId,
+        after: Generation,
+    ) -> Result<Generations<'m>, ReadError> {
+        // After the snapshot, which sees no removal that begins from now on; and no generation that it has rows of is
+        // missing, but one that nobody was told of.
+        let State { active, reclaiming: reclaimed, .. } = self.store.state(instance)?;
+        if after < reclaimed {
+            return Err(ReadError::Reclaimed { after, reclaimed });
+        }
+        Ok(Generations { moment: self, instance, after, active })
+    }
+}
+
+impl Generations<'_> {
+    /// Visits the newest version of each row, deleted ones too, by key.
+    ///
+    /// # Errors
+    /// If reading fails: never a shorter answer.
+    pub fn scan(&self, visit: Visit<'_>) -> Result<(), ReadError> {
+        self.scan_range(&KeyRange::default(), false, visit)
+    }
+
+    /// As [`Generations::scan`], of the rows whose keys are in `range`, from the greatest if `descending`.
+    ///
+    /// # Errors
+    /// As [`Generations::scan`].
+    pub fn scan_range(&self, range: &KeyRange, descending: bool, visit: Visit<'_>) -> Result<(), ReadError> {
+        self.moment.store.scan_generations(self, range, descending, visit)
     }
 }
 

@@ -76,7 +76,7 @@ pub struct Instance {
     pub(super) described: tokio::sync::Mutex<Option<Instant>>,
     /// Held by the one flush at a time.
     pub(super) flushes: tokio::sync::Mutex<()>,
-    /// Readers take view, buffer snapshot and positions together under it; publishing takes it exclusively.
+    /// Readers take view and buffer snapshot together under it; publishing takes it exclusively.
     pub(super) current: RwLock<Current>,
 }
 

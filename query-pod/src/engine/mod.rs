@@ -51,7 +51,7 @@ pub use instance::View;
 pub use jobs::{Job, JobKind, JobState, Jobs};
 pub use locate::Row;
 pub use range::Window;
-pub use read::{ReadError, Rows};
+pub use read::{Keep, Needed, ReadError, Rows, Want};
 pub use rebuild::Rebuilding;
 pub use ship::{Disowned, ShipError};
 pub use storages::{RootKey, Secrets, Storages, StoragesError, Use};

@@ -1,7 +1,7 @@
-//! What a scan of one instance reads: buffered rows as one batch, the list of files, and which of their rows buffered
-//! ones replace.
+//! What a statement reads of its instances, all as of one moment: buffered rows in batches, the lists of files, and
+//! which of their rows buffered ones replace.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -11,16 +11,24 @@ use kalamdb_table_store::Positions;
 use kalamdb_table_store::parquet_read;
 use kalamdb_table_store::paths::{self, PathError};
 use kalamdb_write_buffer::row::Header;
-use kalamdb_write_buffer::{BatchBuilder, RowError};
+use kalamdb_write_buffer::{BatchBuilder, Generations, RowError};
 
 use super::instance::{Instance, InstanceError, View};
 use super::storages::StoragesError;
 use super::{Disowned, Engine, Rebuilding, RootKey};
 
+/// Rows of a batch that is read, at most: as many as DataFusion takes at once, so that it need not cut them.
+const BATCH_ROWS: usize = 8_192;
+
+/// Bytes of stored rows after which a batch is ended: what is not counted yet of a reader's memory.
+const BATCH_BYTES: usize = 1 << 20;
+
 /// One consistent state of one instance.
 pub struct Rows {
-    /// Rows that are in no file; one batch, but for very much data.
+    /// Rows that are in no file; at least one batch, which may have no rows.
     pub buffered: Vec<RecordBatch>,
+    /// The columns of those batches: positions in the table's Arrow schema.
+    pub columns: Vec<usize>,
     /// The files.
     pub view: Arc<View>,
     /// Rows of the files that newer, unflushed versions replace, by path.
@@ -28,6 +36,29 @@ pub struct Rows {
     /// Where the files lie.
     pub root: RootKey,
 }
+
+/// What is to be read of one instance.
+pub struct Want {
+    /// Its table.
+    pub table: Arc<TableEntry>,
+    /// Columns of buffered rows: positions in the table's Arrow schema.
+    pub columns: Vec<usize>,
+    /// Which buffered rows.
+    pub needed: Needed,
+}
+
+/// Which buffered rows a reader needs. He may get more.
+pub enum Needed {
+    /// All.
+    All,
+    /// Any so many.
+    First(usize),
+    /// Those that this leaves in a batch.
+    Where(Keep),
+}
+
+/// Leaves out rows of a batch.
+pub type Keep = Box<dyn Fn(RecordBatch) -> RecordBatch + Send + Sync>;
 
 /// An instance cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +96,9 @@ pub enum ReadError {
     /// A file that is not the owner's. Nothing is read then.
     #[error("a file of the instance lies outside its owner's prefix")]
     Foreign,
+    /// The reader has no room for the buffered rows.
+    #[error("the buffered rows do not fit into the memory of their reader")]
+    Full,
 }
 
 /// Rows on their way into batches of at most so many rows, and of no more bytes than one may hold.
@@ -105,26 +139,34 @@ impl<'a> Batches<'a> {
         Ok(())
     }
 
+    /// Ends the last batch. There is one even of no rows: it tells the columns.
+    fn close(&mut self) -> Result<(), RowError> {
+        if self.builder.rows() > 0 || self.rows() == 0 { self.turn() } else { Ok(()) }
+    }
+
+    /// The batches that have ended since the last call.
+    fn take_full(&mut self) -> Vec<RecordBatch> {
+        std::mem::take(&mut self.full)
+    }
+
     pub(super) fn finish(mut self) -> Result<Vec<RecordBatch>, RowError> {
-        if self.builder.rows() > 0 || self.full.is_empty() {
-            self.full.push(self.builder.finish()?);
-        }
+        self.close()?;
         Ok(self.full)
     }
 }
 
-/// What was there at one moment, complete if nothing is unknown.
+/// What was there of one instance, complete if nothing is unknown.
 struct Taken {
-    buffered: Vec<RecordBatch>,
-    view: Arc<View>,
-    replaced: HashMap<Arc<str>, Positions>,
+    instance: Arc<Instance>,
+    table: Arc<TableEntry>,
+    rows: Rows,
     /// Keys that may replace a row of a file nobody has looked for.
     unknown: BTreeSet<Vec<u8>>,
 }
 
 impl Engine {
-    /// The rows that `owner` has in `table`: buffered ones with the columns `projection` (positions in the table's Arrow
-    /// schema), at most `limit` of them, and the files with those of their rows that are replaced.
+    /// The rows that `owner` has in `table`: buffered ones with the columns `projection` (positions in the table's
+    /// Arrow schema), at most `limit` of them, and the files with those of their rows that are replaced.
     ///
     /// # Errors
     /// If anything cannot be read; never fewer rows than there are.
@@ -135,68 +177,70 @@ impl Engine {
         projection: Vec<usize>,
         limit: Option<usize>,
     ) -> Result<Rows, ReadError> {
-        self.check_owned()?;
-        self.check_rebuilt(table, owner).await?;
-        let instance = self.instances.get(&Self::instance_id(table, owner))?;
-        let projection: Arc<[usize]> = projection.into();
-        loop {
-            let (engine, of_table, of) = (Arc::clone(self), Arc::clone(table), Arc::clone(&instance));
-            let columns = Arc::clone(&projection);
-            let take = move || engine.take(&of_table, &of, &columns, limit);
-            let taken = tokio::task::spawn_blocking(take).await??;
-            if taken.unknown.is_empty() {
-                self.check_owner(table, &instance.id, &taken.view)?;
-                let root = RootKey::of(taken.view.location(table));
-                return Ok(Rows { buffered: taken.buffered, view: taken.view, replaced: taken.replaced, root });
-            }
-            // Once for rows from before a restart or of before a change of the files; afterwards they are known.
-            let found = self.locate(table, &instance, &taken.view, &taken.unknown).await?;
-            instance.current.write().note(&taken.view, found);
-        }
+        let needed = limit.map_or(Needed::All, Needed::First);
+        let want = Want { table: Arc::clone(table), columns: projection, needed };
+        let wants = BTreeMap::from([(Self::instance_id(table, owner), want)]);
+        let rows = self.read_all(wants, |_| true).await?;
+        Ok(rows.into_values().next().expect("one was wanted, and each is read"))
     }
 
-    /// View, buffer and positions as of one moment. Blocking.
+    /// What `wants` says of each instance, all as of one moment: what was acknowledged before something else was
+    /// written is there if that is. `room` is asked for the bytes of each batch.
+    ///
+    /// # Errors
+    /// If anything cannot be read; never fewer rows than there are. [`ReadError::Full`] if there is no room.
+    pub async fn read_all(
+        self: &Arc<Self>,
+        wants: BTreeMap<InstanceId, Want>,
+        room: impl FnMut(usize) -> bool + Send + 'static,
+    ) -> Result<BTreeMap<InstanceId, Rows>, ReadError> {
+        self.check_owned()?;
+        let mut wanted = Vec::with_capacity(wants.len());
+        for (id, want) in wants {
+            self.check_rebuilt(&want.table, &id.owner).await?;
+            wanted.push((self.instances.get(&id)?, want));
+        }
+        let engine = Arc::clone(self);
+        let taken = tokio::task::spawn_blocking(move || engine.take(&wanted, room)).await??;
+        let mut all = BTreeMap::new();
+        for Taken { instance, table, mut rows, unknown } in taken {
+            self.check_owner(&table, &instance.id, &rows.view)?;
+            if !unknown.is_empty() {
+                // Once for rows from before a restart or of before a change of the files; afterwards they are known.
+                let found = self.locate(&table, &instance, &rows.view, &unknown).await?;
+                for at in found.values().flatten() {
+                    rows.replaced.entry(Arc::clone(&at.path)).or_default().insert(at.row);
+                }
+                instance.current.write().note(&rows.view, found);
+            }
+            all.insert(instance.id.clone(), rows);
+        }
+        Ok(all)
+    }
+
+    /// Views and buffered rows of `wanted`, which are sorted by their ids, as of one moment. Blocking.
     fn take(
         &self,
-        table: &TableEntry,
-        instance: &Instance,
-        projection: &[usize],
-        limit: Option<usize>,
-    ) -> Result<Taken, ReadError> {
-        let mut batches = Batches::new(table, projection, usize::MAX);
-        let mut damaged = None;
-        let mut replaced: HashMap<Arc<str>, Positions> = HashMap::new();
-        let mut unknown = BTreeSet::new();
-        // All under one lock: a flush published in between would show its rows twice or not at all.
-        let current = instance.current.read();
-        let view = Arc::clone(&current.view);
-        let no_files = view.manifest.files.is_empty();
-        self.buffer.scan(&instance.id, view.flushed, &mut |_, key, row| {
-            let visited = Header::parse(row).and_then(|header| {
-                let full = limit.is_some_and(|limit| batches.rows() >= limit);
-                if !header.deleted && !full {
-                    batches.push(row)?;
-                }
-                // Every row that replaces one in a file counts, whether or not it is shown itself.
-                if !header.fresh && !no_files {
-                    match current.located.get(key) {
-                        Some(Some(at)) => replaced.entry(Arc::clone(&at.path)).or_default().insert(at.row),
-                        Some(None) => {}
-                        None => drop(unknown.insert(key.to_vec())),
-                    }
-                }
-                Ok(if full && no_files { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-            });
-            visited.unwrap_or_else(|error| {
-                damaged = Some(error);
-                ControlFlow::Break(())
-            })
-        })?;
-        drop(current);
-        match damaged {
-            Some(error) => Err(error.into()),
-            None => Ok(Taken { buffered: batches.finish()?, view, replaced, unknown }),
+        wanted: &[(Arc<Instance>, Want)],
+        mut room: impl FnMut(usize) -> bool,
+    ) -> Result<Vec<Taken>, ReadError> {
+        // A flush published between the look at the files and the one at the buffer would show its rows twice or not at
+        // all. Nobody else waits for one of these locks with another, and all who do take them in the same order.
+        let locked: Vec<_> = wanted.iter().map(|(instance, _)| instance.current.read()).collect();
+        let moment = self.buffer.moment();
+        let mut states = Vec::with_capacity(wanted.len());
+        for ((instance, want), current) in wanted.iter().zip(&locked) {
+            let view = Arc::clone(&current.view);
+            let buffered = moment.generations(&instance.id, view.flushed)?;
+            states.push((instance, want, view, buffered));
         }
+        // What a view lists and the moment shows stays as it is: nobody has to wait while rows are decoded.
+        drop(locked);
+        let mut taken = Vec::with_capacity(states.len());
+        for (instance, want, view, buffered) in states {
+            taken.push(Reading::new(instance, want, view, &mut room).read(&buffered)?);
+        }
+        Ok(taken)
     }
 
     /// The last fence before bytes are read: every file of the view lies below the prefix of its owner.
@@ -210,5 +254,90 @@ impl Engine {
             }
             None => Ok(()),
         }
+    }
+}
+
+/// The buffered rows of one instance on their way to a reader.
+struct Reading<'a, R> {
+    instance: &'a Arc<Instance>,
+    want: &'a Want,
+    view: Arc<View>,
+    batches: Batches<'a>,
+    room: &'a mut R,
+    kept: Vec<RecordBatch>,
+    replaced: HashMap<Arc<str>, Positions>,
+    unknown: BTreeSet<Vec<u8>>,
+}
+
+impl<'a, R: FnMut(usize) -> bool> Reading<'a, R> {
+    fn new(instance: &'a Arc<Instance>, want: &'a Want, view: Arc<View>, room: &'a mut R) -> Self {
+        let batches = Batches::new(&want.table, &want.columns, BATCH_ROWS);
+        let (kept, replaced, unknown) = (Vec::new(), HashMap::new(), BTreeSet::new());
+        Self { instance, want, view, batches, room, kept, replaced, unknown }
+    }
+
+    fn read(mut self, buffered: &Generations<'_>) -> Result<Taken, ReadError> {
+        let mut failed = None;
+        buffered.scan(&mut |_, key, row| match self.take(key, row) {
+            Ok(flow) => flow,
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        self.batches.close()?;
+        self.keep()?;
+        let (table, columns) = (Arc::clone(&self.want.table), self.want.columns.clone());
+        let root = RootKey::of(self.view.location(&table));
+        let rows = Rows { buffered: self.kept, columns, view: self.view, replaced: self.replaced, root };
+        Ok(Taken { instance: Arc::clone(self.instance), table, rows, unknown: self.unknown })
+    }
+
+    fn take(&mut self, key: &[u8], row: &[u8]) -> Result<ControlFlow<()>, ReadError> {
+        let header = Header::parse(row)?;
+        let has_files = !self.view.manifest.files.is_empty();
+        let full = matches!(self.want.needed, Needed::First(enough) if self.batches.rows() >= enough);
+        if !header.deleted && !full {
+            self.batches.push(row)?;
+            if self.batches.builder.bytes() >= BATCH_BYTES {
+                self.batches.turn()?;
+            }
+            self.keep()?;
+        }
+        // Every row that replaces one in a file counts, whether or not it is shown itself.
+        if !header.fresh && has_files {
+            self.replace(key);
+        }
+        Ok(if full && !has_files { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    /// Takes note of the row of a file that the buffered one with this key replaces.
+    fn replace(&mut self, key: &[u8]) {
+        let current = self.instance.current.read();
+        // What is known is of the files that are there now.
+        let known = if Arc::ptr_eq(&current.view, &self.view) { current.located.get(key) } else { None };
+        match known {
+            Some(Some(at)) => self.replaced.entry(Arc::clone(&at.path)).or_default().insert(at.row),
+            Some(None) => {}
+            None => drop(self.unknown.insert(key.to_vec())),
+        }
+    }
+
+    /// Keeps what is needed of the batches that have ended.
+    fn keep(&mut self) -> Result<(), ReadError> {
+        for batch in self.batches.take_full() {
+            let batch = if let Needed::Where(keep) = &self.want.needed { keep(batch) } else { batch };
+            if batch.num_rows() == 0 && !self.kept.is_empty() {
+                continue;
+            }
+            if !(self.room)(batch.get_array_memory_size()) {
+                return Err(ReadError::Full);
+            }
+            self.kept.push(batch);
+        }
+        Ok(())
     }
 }

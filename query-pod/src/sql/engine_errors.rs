@@ -110,7 +110,9 @@ pub(super) fn of_read(error: &ReadError) -> ApiError {
             tracing::warn!(error = %crate::error::Chain(error), "a read could not look keys up in files");
             ApiError::unavailable("STORAGE_UNAVAILABLE", "the storage of the table does not answer; try again")
         }
-        ReadError::Instance(_)
+        // Whoever reads within bounds says what they are.
+        ReadError::Full
+        | ReadError::Instance(_)
         | ReadError::Buffer(_)
         | ReadError::Row(_)
         | ReadError::Path(_)

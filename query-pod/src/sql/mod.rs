@@ -15,6 +15,7 @@ mod information_schema;
 pub mod params;
 pub mod parse;
 mod parse_dml;
+mod pinned;
 mod plans;
 mod provider;
 mod query;

@@ -1,11 +1,11 @@
 //! A table for DataFusion: which rows it has is decided in [`InstanceTable::scan`], from the identity in the session.
 //!
-//! The provider itself belongs to no user. A scan in a session without an identity fails.
+//! The provider itself belongs to no user. A scan in a session without an identity fails, and so does one of what was
+//! not read for its statement ([`super::pinned`]).
 
 use std::sync::Arc;
 
-use arrow::array::{BooleanArray, RecordBatch};
-use arrow::compute::filter_record_batch;
+use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::memory::MemorySourceConfig;
@@ -29,14 +29,14 @@ use datafusion::physical_expr_adapter::{
 use datafusion::physical_plan::metrics::ExecutionPlanMetricsSet;
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::physical_plan::{ExecutionPlan, PhysicalExpr};
-use kalamdb_model::TableEntry;
+use kalamdb_model::{InstanceId, TableEntry};
 use kalamdb_table_store::manifest::FileEntry;
 use kalamdb_table_store::{DataFiles, Positions};
 use object_store::ObjectMeta;
 use parquet::arrow::async_reader::AsyncFileReader;
 
+use super::pinned::Pinned;
 use super::session::store_url;
-use super::width::{self, Width};
 use super::{owner_for, params};
 use crate::auth::Identity;
 use crate::engine::{Engine, ReadError, Rows};
@@ -44,9 +44,10 @@ use crate::error::ApiError;
 
 /// One table of the catalog.
 pub(super) struct InstanceTable {
-    engine: Arc<Engine>,
-    table: Arc<TableEntry>,
-    schema: SchemaRef,
+    pub(super) engine: Arc<Engine>,
+    pub(super) table: Arc<TableEntry>,
+    /// The table's own columns, perhaps with the system columns after them.
+    pub(super) schema: SchemaRef,
 }
 
 impl std::fmt::Debug for InstanceTable {
@@ -67,14 +68,26 @@ impl InstanceTable {
         Self { engine, table, schema }
     }
 
-    /// Buffered rows, filtered as the filters say; the same filters run again above the scan.
-    fn filter(&self, state: &dyn Session, filters: &[Expr], batch: RecordBatch) -> Result<RecordBatch> {
-        let Some(predicate) = self.predicate(state, filters)? else { return Ok(batch) };
-        let mask = predicate.evaluate(&batch)?.into_array(batch.num_rows())?;
-        match mask.as_any().downcast_ref::<BooleanArray>() {
-            Some(mask) => Ok(filter_record_batch(&batch, mask)?),
-            None => Ok(batch),
-        }
+    /// The instance that a session reads.
+    pub(super) fn instance(&self, state: &dyn Session) -> Result<InstanceId> {
+        let identity = state
+            .config()
+            .get_extension::<Identity>()
+            .ok_or_else(|| DataFusionError::Internal("a scan without an identity was refused".to_owned()))?;
+        let owner = owner_for(&self.table, &identity, false).map_err(external)?;
+        Ok(Engine::instance_id(&self.table, &owner))
+    }
+
+    /// Buffered rows with the columns of a scan.
+    fn buffered(&self, rows: &Rows, projection: Option<&Vec<usize>>) -> Result<Arc<dyn ExecutionPlan>> {
+        let place = |column: usize| rows.columns.iter().position(|read| *read == column).ok_or_else(not_read);
+        let places: Vec<usize> = match projection {
+            Some(columns) => columns.iter().copied().map(place).collect::<Result<_>>()?,
+            None => (0..self.schema.fields().len()).map(place).collect::<Result<_>>()?,
+        };
+        let schema = rows.buffered.first().map(RecordBatch::schema).ok_or_else(not_read)?;
+        let source = MemorySourceConfig::try_new(std::slice::from_ref(&rows.buffered), schema, Some(places))?;
+        Ok(DataSourceExec::from_data_source(source))
     }
 
     fn predicate(&self, state: &dyn Session, filters: &[Expr]) -> Result<Option<Arc<dyn PhysicalExpr>>> {
@@ -203,37 +216,23 @@ impl TableProvider for InstanceTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        let identity = state
-            .config()
-            .get_extension::<Identity>()
-            .ok_or_else(|| DataFusionError::Internal("a scan without an identity was refused".to_owned()))?;
-        let owner = owner_for(&self.table, &identity, false).map_err(external)?;
-        // With filters all columns are decoded, for the filters to see; without, only those that are asked for.
-        let every: Vec<usize> = (0..self.schema.fields().len()).collect();
-        let decoded = if filters.is_empty() { projection.cloned().unwrap_or(every) } else { every };
-        let wanted_of_decoded = if filters.is_empty() { None } else { projection.cloned() };
+        let id = self.instance(state)?;
+        let pinned = state.config().get_extension::<Pinned>().ok_or_else(not_read)?;
+        let rows = pinned.rows(&id).ok_or_else(not_read)?;
+        let hot = self.buffered(rows, projection)?;
         let bounded = if filters.is_empty() { limit } else { None };
-        let rows = self
-            .engine
-            .read(&self.table, &owner, decoded, bounded)
-            .await
-            .map_err(|error| external(super::engine_errors::of_read(&error)))?;
-        let batches = rows.buffered.iter().map(|batch| self.filter(state, filters, batch.clone()));
-        let batches: Vec<RecordBatch> = batches.collect::<Result<_>>()?;
-        if let Some(seen) = state.config().get_extension::<Width>() {
-            seen.note(&self.table, &rows.view.manifest.files, &batches);
-        }
-        let batches = width::cut(batches, state.config().batch_size())?;
-        let schema = batches.first().map_or_else(|| Arc::clone(&self.schema), RecordBatch::schema);
-        let hot = MemorySourceConfig::try_new_exec(&[batches], schema, wanted_of_decoded)?;
-        match self.files(state, &rows, projection, filters, bounded)? {
+        match self.files(state, rows, projection, filters, bounded)? {
             Some(cold) => UnionExec::try_new(vec![hot, cold]),
             None => Ok(hot),
         }
     }
 }
 
-fn external(error: ApiError) -> DataFusionError {
+fn not_read() -> DataFusionError {
+    DataFusionError::Internal("a scan of what was not read for its statement was refused".to_owned())
+}
+
+pub(super) fn external(error: ApiError) -> DataFusionError {
     DataFusionError::External(Box::new(error))
 }
 
@@ -278,6 +277,9 @@ impl PhysicalExprAdapter for WithDefaults {
 
 #[cfg(test)]
 mod tests {
+    use datafusion::datasource::provider_as_source;
+    use datafusion::execution::context::SessionState;
+    use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder};
     use datafusion::prelude::{SessionConfig, SessionContext};
     use kalamdb_model::{OnRemoval, Role, UserId, compile};
     use kalamdb_test_support::pod::MANIFESTS;
@@ -286,15 +288,13 @@ mod tests {
     use crate::catalog::CatalogHandle;
     use crate::engine::{EngineLimits, Secrets, Storages};
     use crate::metrics::Metrics;
+    use crate::sql::pinned::pin;
 
-    #[tokio::test]
-    async fn a_scan_in_a_session_without_an_identity_fails() {
-        let dir = tempfile::tempdir().unwrap();
+    fn engine(dir: &std::path::Path) -> Arc<Engine> {
         let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), MANIFESTS.to_owned())]);
-        let catalog = CatalogHandle::open(dir.path()).unwrap();
+        let catalog = CatalogHandle::open(dir).unwrap();
         catalog.serve(compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain).0);
-        let table = Arc::new(catalog.current().catalog.tables.values().next().unwrap().clone());
-        let storages = Storages::new(dir.path().to_owned(), Secrets::default());
+        let storages = Storages::new(dir.to_owned(), Secrets::default());
         let limits = EngineLimits {
             instance_bytes_max: 1 << 20,
             disk_reserve_bytes: 0,
@@ -303,16 +303,72 @@ mod tests {
             orphans_after_secs: 0,
             flushes_max: 1,
         };
-        let engine = Engine::open(dir.path(), catalog, storages, limits, Arc::new(Metrics::default())).unwrap();
-        let provider = InstanceTable::new(Arc::clone(&engine), table, false);
-        let scan = async |config: SessionConfig| {
-            let state = SessionContext::new_with_config(config).state();
-            provider.scan(&state, None, &[], None).await.map(|_| ()).map_err(|error| error.to_string())
+        Engine::open(dir, catalog, storages, limits, Arc::new(Metrics::default())).unwrap()
+    }
+
+    /// A session of `user` which reads into `pinned`.
+    fn session(user: Option<&str>, pinned: &Arc<Pinned>) -> SessionState {
+        let config = SessionConfig::new().with_extension(Arc::clone(pinned));
+        let config = match user {
+            Some(user) => {
+                config.with_extension(Arc::new(Identity { user: UserId::new(user).unwrap(), role: Role::User }))
+            }
+            None => config,
         };
-        let refused = scan(SessionConfig::new()).await.unwrap_err();
+        SessionContext::new_with_config(config).state()
+    }
+
+    async fn scan(table: &InstanceTable, state: &SessionState) -> Result<(), String> {
+        table.scan(state, None, &[], None).await.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    /// A table, and a plan that reads the columns `projection` of it.
+    fn planned(engine: &Arc<Engine>, projection: Option<Vec<usize>>) -> (Arc<InstanceTable>, LogicalPlan) {
+        let entry = Arc::new(engine.catalog().current().catalog.tables.values().next().unwrap().clone());
+        let table = Arc::new(InstanceTable::new(Arc::clone(engine), entry, false));
+        let source = provider_as_source(Arc::clone(&table) as Arc<dyn TableProvider>);
+        let plan = LogicalPlanBuilder::scan("t", source, projection).unwrap().build().unwrap();
+        (table, plan)
+    }
+
+    #[tokio::test]
+    async fn a_scan_in_a_session_without_an_identity_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(dir.path());
+        let (table, plan) = planned(&engine, None);
+        let pinned = Arc::default();
+        let (nobody, alice) = (session(None, &pinned), session(Some("alice"), &pinned));
+        let pool = Arc::clone(&alice.runtime_env().memory_pool);
+        let refused = pin(&nobody, &pool, &plan).await.unwrap_err().to_string();
         assert!(refused.contains("without an identity"), "{refused}");
-        let identity = Identity { user: UserId::new("alice").unwrap(), role: Role::User };
-        scan(SessionConfig::new().with_extension(Arc::new(identity))).await.unwrap();
+        pin(&alice, &pool, &plan).await.unwrap();
+        scan(&table, &alice).await.unwrap();
+        let refused = scan(&table, &nobody).await.unwrap_err();
+        assert!(refused.contains("without an identity"), "{refused}");
+        engine.close(std::time::Duration::from_secs(5)).await;
+    }
+
+    #[tokio::test]
+    async fn a_scan_of_what_was_not_read_for_its_statement_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(dir.path());
+        let (table, plan) = planned(&engine, Some(vec![0]));
+        let pinned = Arc::default();
+        let (alice, bob) = (session(Some("alice"), &pinned), session(Some("bob"), &pinned));
+        let pool = Arc::clone(&alice.runtime_env().memory_pool);
+        let first = vec![0];
+        let refused = async |state: &SessionState, projection: Option<&Vec<usize>>| {
+            let error = table.scan(state, projection, &[], None).await.map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains("not read"), "{error}");
+        };
+        refused(&alice, Some(&first)).await;
+        pin(&alice, &pool, &plan).await.unwrap();
+        table.scan(&alice, Some(&first), &[], None).await.unwrap();
+        refused(&alice, None).await;
+        // Another's rows are no one's own, even where they are at hand.
+        refused(&bob, Some(&first)).await;
+        // A statement has one moment.
+        pin(&alice, &pool, &plan).await.unwrap_err();
         engine.close(std::time::Duration::from_secs(5)).await;
     }
 }

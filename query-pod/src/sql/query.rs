@@ -21,8 +21,8 @@ use parquet::errors::ParquetError;
 use super::parse::{self, QueryStatement};
 use super::plans::Planned;
 use super::session::Given;
-use super::width::{BATCH_ROWS, Width};
-use super::{QUERY_WAIT, Request, Sql, params, session, weight, wildcard};
+use super::width::BATCH_ROWS;
+use super::{QUERY_WAIT, Request, Sql, params, pinned, session, weight, wildcard};
 use crate::catalog::Snapshot;
 use crate::engine::StoragesError;
 use crate::error::{ApiError, Kind};
@@ -142,24 +142,33 @@ impl Sql {
     }
 }
 
-/// Optimizes `plan`, and says what it runs with. Where rows are wide it is planned twice: only scans tell how wide, and
-/// filters take the number of rows of a batch when they are planned.
-async fn physical(
+/// Optimizes `plan`, reads what its scans need of buffered rows and lists of files, and makes the plan that is run.
+async fn prepare(
     state: &mut SessionState,
     task: Arc<TaskContext>,
     plan: &LogicalPlan,
 ) -> Result<(Arc<dyn ExecutionPlan>, Arc<TaskContext>), DataFusionError> {
-    let physical = state.create_physical_plan(plan).await?;
-    let rows = state.config().get_extension::<Width>().map_or(BATCH_ROWS, |width| width.batch_rows());
-    if rows == BATCH_ROWS {
-        return Ok((physical, task));
+    let plan = state.optimize(plan)?;
+    if let LogicalPlan::Explain(explained) = &plan
+        && !explained.logical_optimization_succeeded
+    {
+        // It shows as a row what went wrong; this is the error itself.
+        state.optimize(&explained.plan)?;
     }
-    drop(physical);
-    let config = state.config().clone().with_batch_size(rows);
-    *state.config_mut() = config;
-    let physical = state.create_physical_plan(plan).await?;
-    let task = TaskContext::from(&*state).with_runtime(task.runtime_env());
-    Ok((physical, Arc::new(task)))
+    let rows = pinned::pin(state, task.memory_pool(), &plan).await?;
+    let task = if rows == BATCH_ROWS {
+        task
+    } else {
+        let config = state.config().clone().with_batch_size(rows);
+        *state.config_mut() = config;
+        Arc::new(TaskContext::from(&*state).with_runtime(task.runtime_env()))
+    };
+    let planner = state.query_planner();
+    if let LogicalPlan::Explain(explained) = &plan {
+        // The same for what cannot be planned.
+        planner.create_physical_plan(&explained.plan, state).await?;
+    }
+    Ok((planner.create_physical_plan(&plan, state).await?, task))
 }
 
 /// Optimizes and runs `plan`, and keeps what it gives.
@@ -171,7 +180,7 @@ async fn collect(
     limits: super::SqlLimits,
 ) -> Result<(SchemaRef, Vec<RecordBatch>), ApiError> {
     let explain = |error| of_datafusion(error, &snapshot, &limits);
-    let (physical, task) = physical(&mut state, task, &plan).await.map_err(explain)?;
+    let (physical, task) = prepare(&mut state, task, &plan).await.map_err(explain)?;
     let schema = physical.schema();
     let mut stream = execute_stream(physical, task).map_err(explain)?;
     let (mut batches, mut bytes) = (Vec::new(), 0);
@@ -200,11 +209,7 @@ async fn run(
     room: Room,
 ) -> Result<Answer, ApiError> {
     let explain = |error| of_datafusion(error, &snapshot, &limits);
-    if let LogicalPlan::Explain(explained) = &plan {
-        // EXPLAIN shows what cannot be planned as a row.
-        state.create_physical_plan(&explained.plan).await.map_err(explain)?;
-    }
-    let (physical, task) = physical(&mut state, task, &plan).await.map_err(explain)?;
+    let (physical, task) = prepare(&mut state, task, &plan).await.map_err(explain)?;
     let mut encoder = Encoder::new(&physical.schema(), limits.answer_bytes_max, room);
     let mut batches = execute_stream(physical, task).map_err(explain)?;
     while let Some(batch) = batches.next().await {

@@ -21,7 +21,8 @@ use object_store::ObjectStore;
 
 use super::parse::TABLE_FUNCTIONS;
 use super::parse_dml::GIVEN;
-use super::width::{BATCH_ROWS, Width};
+use super::pinned::Pinned;
+use super::width::BATCH_ROWS;
 use super::{SqlLimits, amplify, exact, functions, information_schema, owner_for, provider, sum, system_tables};
 use crate::auth::Identity;
 use crate::catalog::{CatalogHandle, Snapshot};
@@ -82,7 +83,7 @@ impl Sessions {
         let mut state = self.template.clone();
         let config = state.config_mut();
         config.set_extension(Arc::new(identity.clone()));
-        config.set_extension(Arc::new(Width::default()));
+        config.set_extension(Arc::new(Pinned::default()));
         functions::speak_for(identity, config);
         if let Some(namespace) = namespace {
             config.options_mut().catalog.default_schema = namespace.to_owned();
@@ -103,7 +104,7 @@ impl Sessions {
         self.pool.reserved()
     }
 
-    /// What one query of `state` runs with: its share of the memory.
+    /// What one query of `state` reads and runs with: its share of the memory.
     pub(super) fn task(&self, state: &SessionState) -> Result<Arc<TaskContext>> {
         let pool = Arc::new(QueryPool::new(self.query_memory_bytes, Arc::clone(&self.pool)));
         let runtime = RuntimeEnvBuilder::from_runtime_env(&self.runtime).with_memory_pool(pool).build_arc()?;

@@ -12,6 +12,7 @@ mod isolation;
 mod limits;
 mod lost_volume;
 mod manifests;
+mod moments;
 mod moves;
 mod names;
 mod outside;

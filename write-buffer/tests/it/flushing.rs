@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kalamdb_model::Generation;
-use kalamdb_write_buffer::{ReadError, WriteBuffer};
+use kalamdb_write_buffer::{Generations, ReadError, WriteBuffer};
 use parking_lot::{Mutex, RwLock};
 
-use crate::support::{Stored, instance, message, open, scan, scan_generation};
+use crate::support::{Stored, instance, message, open, pk, scan, scan_generation};
 
 const NONE: Generation = Generation(0);
 
@@ -90,6 +90,39 @@ async fn rows_that_were_published_and_not_removed_are_gone_after_a_restart() {
     assert_eq!(buffer.reclaim(&alice, Generation(1)).unwrap(), 0);
     let stale = buffer.scan(&alice, NONE, &mut |_, _, _| ControlFlow::Continue(()));
     assert!(matches!(stale, Err(ReadError::Reclaimed { .. })));
+}
+
+#[tokio::test]
+async fn a_moment_shows_all_instances_as_they_were_whatever_is_written_and_removed_since() {
+    let directory = tempfile::tempdir().unwrap();
+    let buffer = open(directory.path());
+    let (alice, bob) = (instance("alice"), instance("bob"));
+    buffer.commit(alice.clone(), vec![message(1, "a"), message(2, "b")]).await.unwrap();
+    buffer.freeze(alice.clone()).await.unwrap();
+    buffer.commit(alice.clone(), vec![message(2, "newer")]).await.unwrap();
+    let moment = buffer.moment();
+    let (hers, his) = (moment.generations(&alice, NONE).unwrap(), moment.generations(&bob, NONE).unwrap());
+    buffer.commit(bob.clone(), vec![message(3, "later")]).await.unwrap();
+    buffer.commit(alice.clone(), vec![message(4, "later")]).await.unwrap();
+    for flushed in [1, 2] {
+        buffer.publish(&alice, Generation(flushed), b"files").unwrap();
+        assert_eq!(buffer.reclaim(&alice, Generation(flushed)).unwrap(), 2);
+        buffer.freeze(alice.clone()).await.unwrap();
+    }
+    let seen = |of: &Generations<'_>| {
+        let mut keys = Vec::new();
+        of.scan(&mut |generation, key, _| {
+            keys.push((generation.0, key.to_vec()));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        keys
+    };
+    assert_eq!(seen(&hers), [(1, pk(1)), (2, pk(2))]);
+    assert!(seen(&his).is_empty());
+    // Whoever asks only now is told that it is too late.
+    assert!(matches!(moment.generations(&alice, NONE), Err(ReadError::Reclaimed { .. })));
+    assert_eq!(scan(&buffer, &bob, NONE).len(), 1);
 }
 
 #[tokio::test]

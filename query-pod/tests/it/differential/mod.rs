@@ -23,8 +23,7 @@ use anyhow::{Context as _, bail, ensure};
 use tokio::runtime::Runtime;
 
 use generate::{Op, What};
-use ours::Ours;
-pub use ours::{said, sql_limits};
+pub use ours::{Ours, Volume, said, sql_limits};
 use run::{Failure, attempt};
 use shrink::{Patience, smallest};
 

@@ -46,14 +46,21 @@ pub struct Ours {
     storages: [Arc<dyn ObjectStore>; STORAGES.len()],
     home: Arc<dyn ObjectStore>,
     running: Option<(Arc<Engine>, Sql)>,
+    /// How long replaced files stay: longer than any statement takes.
+    garbage_after_secs: u64,
 }
 
 impl Ours {
     /// A new database.
     pub async fn new() -> anyhow::Result<Self> {
+        Self::keeping_files_for(2).await
+    }
+
+    /// A new database, whose replaced files stay for so many seconds.
+    pub async fn keeping_files_for(garbage_after_secs: u64) -> anyhow::Result<Self> {
         let store = || Arc::new(InMemory::new()) as Arc<dyn ObjectStore>;
         let storages = STORAGES.map(|_| store());
-        let mut ours = Self { dir: tempfile::tempdir()?, storages, home: store(), running: None };
+        let mut ours = Self { dir: tempfile::tempdir()?, storages, home: store(), running: None, garbage_after_secs };
         ours.open(Volume::Kept).await?;
         Ok(ours)
     }
@@ -95,8 +102,7 @@ impl Ours {
             disk_reserve_bytes: 0,
             buffered_bytes_max: 1 << 30,
             flushes_max: 4,
-            // Longer than any statement here takes.
-            garbage_after_secs: 2,
+            garbage_after_secs: self.garbage_after_secs,
             orphans_after_secs: 86_400,
         };
         let deadline = Instant::now() + PATIENCE;

@@ -9,10 +9,9 @@ use super::actions::Asked;
 use super::general::{Form, General};
 use super::generate::{Op, USERS, What, send};
 use super::model::Model;
-use super::ours::{Ours, Volume};
 use super::sqlite::Theirs;
 use super::tables::{STORAGES, TABLES, Table};
-use super::{Counts, Effect, Said};
+use super::{Counts, Effect, Ours, Said, Volume};
 
 /// An answer that is not as it should be.
 pub struct Failure {
