@@ -11,11 +11,13 @@
 //! - A difference of times beside an INTERVAL of days is compared by its length. DataFusion compares months, days and
 //!   nanoseconds in this order.
 //! - `+`, `-`, `*` and negation of integers fail when the result does not fit; DataFusion's wrap around.
+//! - A comparison with a cast that loses something is one with what the cast gives. DataFusion compares what is cast, and
+//!   takes the smallest and the largest value of a file for those of the cast ones. It sees no such cast here.
 
 use std::sync::Arc;
 
 use arrow::compute::kernels::numeric::{add, mul, sub};
-use arrow::datatypes::{DataType, Field, IntervalMonthDayNano};
+use arrow::datatypes::{DataType, Field, FieldRef, IntervalMonthDayNano, TimeUnit};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode as _};
 use datafusion::common::{DFSchema, Result, ScalarValue};
@@ -24,8 +26,8 @@ use datafusion::logical_expr::expr::{Between, Cast, InList, ScalarFunction, TryC
 use datafusion::logical_expr::expr_rewriter::NamePreserver;
 use datafusion::logical_expr::utils::merge_schema;
 use datafusion::logical_expr::{
-    BinaryExpr, ColumnarValue, Expr, ExprSchemable as _, LogicalPlan, Operator, ScalarFunctionArgs, ScalarUDF,
-    ScalarUDFImpl, Signature, Volatility, cast, lit,
+    BinaryExpr, ColumnarValue, Expr, ExprSchemable as _, LogicalPlan, Operator, ReturnFieldArgs, ScalarFunctionArgs,
+    ScalarUDF, ScalarUDFImpl, Signature, Volatility, cast, lit,
 };
 use datafusion::optimizer::{Analyzer, AnalyzerRule};
 use datafusion::physical_expr_common::datum::apply;
@@ -37,8 +39,9 @@ type Rules = Vec<Arc<dyn AnalyzerRule + Send + Sync>>;
 
 /// DataFusion's analyzer rules with ours around them: comparisons before types are coerced, arithmetic after.
 pub(super) fn analyzer_rules() -> Rules {
-    let mut rules: Rules = vec![Arc::new(Comparisons)];
-    rules.extend(Analyzer::new().rules);
+    let mut rules: Rules = Analyzer::new().rules;
+    let coercion = rules.iter().position(|rule| rule.name() == "type_coercion").unwrap_or(0);
+    rules.insert(coercion, Arc::new(Comparisons));
     rules.push(Arc::new(CheckedArithmetic));
     rules
 }
@@ -79,7 +82,10 @@ impl AnalyzerRule for CheckedArithmetic {
 }
 
 /// Applies `change` to every expression of `plan`, leaves first; names of columns stay.
-fn rewrite(plan: LogicalPlan, change: fn(Expr, &DFSchema) -> Result<Transformed<Expr>>) -> Result<LogicalPlan> {
+pub(super) fn rewrite(
+    plan: LogicalPlan,
+    change: impl Fn(Expr, &DFSchema) -> Result<Transformed<Expr>>,
+) -> Result<LogicalPlan> {
     let rewritten = plan.transform_up_with_subqueries(|plan| {
         let schema = merge_schema(&plan.inputs());
         let names = NamePreserver::new(&plan);
@@ -144,16 +150,25 @@ fn compare(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
             unify(&mut call.args.iter_mut().collect::<Vec<_>>(), schema)?;
             Ok(Transformed::yes(Expr::ScalarFunction(call)))
         }
-        Expr::Cast(Cast { expr, field: to }) => Ok(match time(&expr, to.data_type(), schema)? {
-            Some(time) => Transformed::yes(Expr::Cast(Cast::new_from_field(Box::new(time), to))),
-            None => Transformed::no(Expr::Cast(Cast { expr, field: to })),
-        }),
+        Expr::Cast(Cast { expr, field: to }) => {
+            let (value, hidden) = Checked::shown(*expr);
+            let value = time(&value, to.data_type(), schema)?.unwrap_or(value);
+            let hides = hidden || misleads(&value, to.data_type(), schema);
+            let cast = Expr::Cast(Cast::new_from_field(Box::new(value), to));
+            Ok(Transformed::yes(if hides { Checked::hidden(cast) } else { cast }))
+        }
         Expr::TryCast(TryCast { expr, field: to }) => {
-            let time = time(&expr, to.data_type(), schema).unwrap_or_else(|_| Some(lit(ScalarValue::Null)));
-            Ok(match time {
-                Some(time) => Transformed::yes(Expr::TryCast(TryCast::new_from_field(Box::new(time), to))),
-                None => Transformed::no(Expr::TryCast(TryCast { expr, field: to })),
-            })
+            let (value, hidden) = Checked::shown(*expr);
+            let time = time(&value, to.data_type(), schema).unwrap_or_else(|_| Some(lit(ScalarValue::Null)));
+            let value = time.unwrap_or(value);
+            let hides = hidden || misleads(&value, to.data_type(), schema);
+            let cast = Expr::TryCast(TryCast::new_from_field(Box::new(value), to));
+            Ok(Transformed::yes(if hides { Checked::hidden(cast) } else { cast }))
+        }
+        Expr::ScalarFunction(call)
+            if CASTING.contains(&call.func.name()) && !matches!(call.args.first(), Some(Expr::Literal(..))) =>
+        {
+            Ok(Transformed::yes(Checked::hidden(Expr::ScalarFunction(call))))
         }
         Expr::AggregateFunction(mut call) => {
             if call.params.distinct {
@@ -237,6 +252,69 @@ fn unsign_zero(value: &mut Expr, schema: &DFSchema) {
     *value = std::mem::take(value) + zero;
 }
 
+/// Functions that the optimizer makes casts of.
+const CASTING: [&str; 4] = ["arrow_cast", "arrow_try_cast", "cast_to_type", "try_cast_to_type"];
+
+/// Whether the optimizer must not see a cast of `value` to `to`, because it would compare something else.
+fn misleads(value: &Expr, to: &DataType, schema: &DFSchema) -> bool {
+    use DataType::{Date32, Timestamp};
+    if matches!(value, Expr::Literal(..)) {
+        return false;
+    }
+    let Ok(from) = value.get_type(schema) else { return true };
+    match (&from, to) {
+        // These lose something in order, which what files say allows for, and their comparisons are left as they are.
+        (from, to) if to.is_floating() => !from.is_numeric(),
+        (Timestamp(..), Date32) => false,
+        (from, to) => !injective(from, to),
+    }
+}
+
+/// Whether a cast gives every value of type `from` one of its own.
+fn injective(from: &DataType, to: &DataType) -> bool {
+    use DataType::{Date32, Float32, Float64, Int16, Int32, Int64, Timestamp};
+    /// Digits that any number keeps as one of these.
+    const FLOAT_DIGITS: i16 = 6;
+    const DOUBLE_DIGITS: i16 = 15;
+    let few = |most: i16| digits(from).is_some_and(|(whole, scale)| whole.max(0) + scale <= most);
+    match (from, to) {
+        (Timestamp(unit, zone), Timestamp(finer, other)) => {
+            let utc = |zone: Option<&str>| zone.is_none_or(|zone| matches!(zone, "UTC" | "+00:00"));
+            let shifts = zone.is_some() != other.is_some() && !(utc(zone.as_deref()) && utc(other.as_deref()));
+            *unit >= TimeUnit::Microsecond && finer >= unit && !shifts
+        }
+        (Timestamp(..), Int64) | (Int64 | Date32, Timestamp(..)) => true,
+        (Date32, Int32 | Int64) | (Int16 | Int32, Date32) | (Float32, Float64) => true,
+        (_, Float32) => from == to || few(FLOAT_DIGITS),
+        (_, Float64) => from == to || few(DOUBLE_DIGITS),
+        (_, to) if to.is_string() => from.is_string() || from.is_integer(),
+        _ => from == to || fits(from, to),
+    }
+}
+
+/// Whether every number of type `from` is one of type `to`.
+fn fits(from: &DataType, to: &DataType) -> bool {
+    let (Some((whole, scale)), Some((most, finest))) = (digits(from), digits(to)) else { return false };
+    // An integer may have ten digits, and not all integers of ten digits are in range.
+    whole <= most - i16::from(to.is_integer()) && scale <= finest
+}
+
+/// How many digits a number of type `ty` has before the point, at most, and after it.
+fn digits(ty: &DataType) -> Option<(i16, i16)> {
+    use DataType::{Decimal32, Decimal64, Decimal128, Decimal256, Int8, Int16, Int32, Int64};
+    match *ty {
+        Int8 => Some((3, 0)),
+        Int16 => Some((5, 0)),
+        Int32 => Some((10, 0)),
+        Int64 => Some((19, 0)),
+        Decimal32(precision, scale)
+        | Decimal64(precision, scale)
+        | Decimal128(precision, scale)
+        | Decimal256(precision, scale) => Some((i16::from(precision) - i16::from(scale), i16::from(scale))),
+        _ => None,
+    }
+}
+
 /// Functions whose arguments become one type.
 const UNIFYING: [&str; 5] = ["coalesce", "greatest", "least", "make_array", "nullif"];
 
@@ -292,6 +370,14 @@ fn floating(text: &str, beside: &DataType) -> Option<ScalarValue> {
 fn check(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
     let integer = |expr: &Expr| expr.get_type(schema).ok().filter(DataType::is_integer);
     match expr {
+        Expr::Cast(cast) if is_coarse(&cast, schema) => Ok(Transformed::yes(Checked::hidden(Expr::Cast(cast)))),
+        Expr::BinaryExpr(BinaryExpr { left, op: Operator::Eq, right }) => {
+            let (merges, others) = (correlated(&left, &right, schema), correlated(&right, &left, schema));
+            let left = if merges { Box::new(Checked::hidden(*left)) } else { left };
+            let right = if others { Box::new(Checked::hidden(*right)) } else { right };
+            let expr = Expr::BinaryExpr(BinaryExpr { left, op: Operator::Eq, right });
+            Ok(if merges || others { Transformed::yes(expr) } else { Transformed::no(expr) })
+        }
         Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
             let checked = Arithmetic::of(op).filter(|_| integer(&left).is_some() && integer(&left) == integer(&right));
             Ok(match checked {
@@ -308,6 +394,24 @@ fn check(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
         },
         other => Ok(Transformed::no(other)),
     }
+}
+
+/// Whether `cast` makes microseconds of whole seconds or milliseconds: to compare them, DataFusion would cut the other side
+/// down to these.
+fn is_coarse(cast: &Cast, schema: &DFSchema) -> bool {
+    use DataType::Timestamp;
+    let from = cast.expr.get_type(schema);
+    matches!(
+        (from, cast.field.data_type()),
+        (Ok(Timestamp(unit, _)), Timestamp(finer, _)) if unit < TimeUnit::Microsecond && unit < *finer
+    )
+}
+
+/// Whether `value` is a cast that makes one of several values, beside something of the query around. A subquery that
+/// aggregates DataFusion would group by what is cast, so that a row around it came once for each of those values.
+fn correlated(value: &Expr, beside: &Expr, schema: &DFSchema) -> bool {
+    let Expr::Cast(Cast { expr, field: to }) = value else { return false };
+    beside.contains_outer() && !expr.get_type(schema).is_ok_and(|from| injective(&from, to.data_type()))
 }
 
 /// Arithmetic on two integers of one type.
@@ -338,7 +442,8 @@ impl Arithmetic {
 }
 
 /// A chain of arithmetic on integers of one type, from left to right, that fails on overflow. It is one function with
-/// many arguments, because the time to plan functions within functions is cubic in their depth.
+/// many arguments, because the time to plan functions within functions is cubic in their depth. Without a step it is its
+/// one argument, of any type, which the optimizer then does not look into.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Checked {
     steps: Vec<Arithmetic>,
@@ -357,9 +462,28 @@ impl Checked {
         };
         steps.push(op);
         args.push(right);
+        Self::of(steps, args)
+    }
+
+    fn of(steps: Vec<Arithmetic>, args: Vec<Expr>) -> Expr {
         let signature = Signature::any(args.len(), Volatility::Immutable);
         let function = Arc::new(ScalarUDF::from(Self { steps, signature }));
         Expr::ScalarFunction(ScalarFunction::new_udf(function, args))
+    }
+
+    /// `expr`, hidden from the optimizer.
+    fn hidden(expr: Expr) -> Expr {
+        Self::of(Vec::new(), vec![expr])
+    }
+
+    /// What is hidden as `expr`, else `expr`; and whether it is.
+    fn shown(expr: Expr) -> (Expr, bool) {
+        match expr {
+            Expr::ScalarFunction(mut call) if call.args.len() == 1 && call.func.inner().is::<Self>() => {
+                (call.args.swap_remove(0), true)
+            }
+            other => (other, false),
+        }
     }
 }
 
@@ -368,8 +492,12 @@ impl ScalarUDFImpl for Checked {
         "checked"
     }
 
-    /// As without the check: `a + b`.
+    /// As without the check: `a + b`. What is hidden has its own name: a cast has the one of what is cast, and both may be
+    /// columns of one join.
     fn schema_name(&self, args: &[Expr]) -> Result<String> {
+        if let [hidden] = args {
+            return Ok(hidden.to_string());
+        }
         let mut name = String::new();
         for (at, arg) in args.iter().enumerate() {
             if let Some(step) = at.checked_sub(1).and_then(|at| self.steps.get(at)) {
@@ -386,6 +514,13 @@ impl ScalarUDFImpl for Checked {
 
     fn return_type(&self, types: &[DataType]) -> Result<DataType> {
         Ok(types[0].clone())
+    }
+
+    fn return_field_from_args(&self, args: ReturnFieldArgs<'_>) -> Result<FieldRef> {
+        match args.arg_fields {
+            [hidden] => Ok(Arc::clone(hidden)),
+            fields => Ok(Arc::new(Field::new(self.name(), fields[0].data_type().clone(), true))),
+        }
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {

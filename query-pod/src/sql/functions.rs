@@ -1,13 +1,15 @@
-//! Scalar functions of ours: `CURRENT_USER()`.
+//! Scalar functions of ours: `CURRENT_USER()`; and what functions know of the statement that calls them.
 //!
 //! The function belongs to no caller, as plans that were made before do not ([`super::plans`]): whose name it gives is read
 //! when it is evaluated, from the options of the session. Without one it fails.
 
 use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use arrow::datatypes::DataType;
 use datafusion::common::ScalarValue;
-use datafusion::common::config::{ConfigEntry, ConfigExtension, ExtensionOptions};
+use datafusion::common::config::{ConfigEntry, ConfigExtension, ConfigOptions, ExtensionOptions};
 use datafusion::error::{DataFusionError, Result};
 use datafusion::logical_expr::{ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility};
 use datafusion::prelude::SessionConfig;
@@ -19,14 +21,23 @@ pub(super) fn current_user() -> ScalarUDF {
     ScalarUDF::from(CurrentUser { signature: Signature::nullary(Volatility::Stable) })
 }
 
-/// Lets functions in sessions of `config` speak for `identity`.
+/// Lets functions in a session of `config` speak for `identity`, for one statement.
 pub(super) fn speak_for(identity: &Identity, config: &mut SessionConfig) {
-    config.options_mut().extensions.insert(Caller(identity.user.to_string()));
+    let caller = Caller { user: identity.user.to_string(), constants_made: Arc::default() };
+    config.options_mut().extensions.insert(caller);
 }
 
-/// The caller's user id, where functions find it.
+/// How many bytes functions have made of the statement's constants, for them to count.
+pub(super) fn constants_made(options: &ConfigOptions) -> Option<&AtomicU64> {
+    options.extensions.get::<Caller>().map(|caller| &*caller.constants_made)
+}
+
+/// What functions know of a statement; `user` is its caller's id.
 #[derive(Clone, Debug)]
-struct Caller(String);
+struct Caller {
+    user: String,
+    constants_made: Arc<AtomicU64>,
+}
 
 impl ConfigExtension for Caller {
     const PREFIX: &'static str = "kalam_caller";
@@ -78,7 +89,7 @@ impl ScalarUDFImpl for CurrentUser {
         let caller = caller.ok_or_else(|| {
             DataFusionError::Internal("CURRENT_USER() in a session without an identity was refused".to_owned())
         })?;
-        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(caller.0.clone()))))
+        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(caller.user.clone()))))
     }
 }
 

@@ -15,6 +15,7 @@ use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::execution::{SessionStateDefaults, TaskContext};
 use datafusion::logical_expr::{AggregateUDF, ScalarUDF};
+use datafusion::optimizer::AnalyzerRule;
 use datafusion::prelude::SessionConfig;
 use kalamdb_model::{SqlName, StorageName, TableName};
 use object_store::ObjectStore;
@@ -53,7 +54,7 @@ impl Sessions {
             .with_config(config())
             .with_scalar_functions(scalar_functions(limits))
             .with_aggregate_functions(aggregate_functions())
-            .with_analyzer_rules(exact::analyzer_rules())
+            .with_analyzer_rules(analyzer_rules(limits))
             .with_runtime_env(Arc::clone(&runtime))
             .with_table_functions(table_functions())
             .with_table_factories(HashMap::new())
@@ -146,9 +147,16 @@ fn scalar_functions(limits: &SqlLimits) -> Vec<Arc<ScalarUDF>> {
 }
 
 fn aggregate_functions() -> Vec<Arc<AggregateUDF>> {
-    let others =
-        SessionStateDefaults::default_aggregate_functions().into_iter().filter(|function| function.name() != "sum");
-    others.chain([sum::function()]).collect()
+    let mut all = SessionStateDefaults::default_aggregate_functions();
+    all.retain(|function| !["sum", "string_agg"].contains(&function.name()));
+    all.extend([sum::function(), amplify::string_agg()]);
+    all
+}
+
+fn analyzer_rules(limits: &SqlLimits) -> Vec<Arc<dyn AnalyzerRule + Send + Sync>> {
+    let mut rules = exact::analyzer_rules();
+    rules.push(amplify::operators(limits.query_memory_bytes));
+    rules
 }
 
 /// URL under which a root's store is known to DataFusion: `kalam://storage.root/`.

@@ -456,6 +456,110 @@ async fn a_function_that_makes_much_of_little_is_refused() -> anyhow::Result<()>
 }
 
 #[tokio::test]
+async fn what_is_put_together_is_bounded_like_what_is_repeated() -> anyhow::Result<()> {
+    let (_home, pod) = start(&["--query-memory-bytes=20000000", "--query-timeout-secs=10"]).await?;
+    let many = |item: &str, by: &str| vec![item; 30].join(by);
+    let constant = "(SELECT repeat('x', 1000000) AS s) q";
+    let computed = "(SELECT repeat('x', 1000000) || CAST(value AS TEXT) AS s FROM generate_series(1, 2)) q";
+    for expression in [
+        format!("concat({})", many("s", ",")),
+        format!("concat_ws('', {})", many("s", ",")),
+        format!("concat_ws(s, {})", many("''", ",")),
+        many("s", " || "),
+        many("CAST(s AS BYTEA)", " || "),
+        format!("[{}]", many("s", ",")),
+        format!("make_array({})", many("s", ",")),
+        many("[s]", " || "),
+        format!("[s] || {}", many("s", " || ")),
+        format!("array_concat({})", many("[s]", ",")),
+        "array_to_string(range(0, 1000), s)".to_owned(),
+        "array_to_string(array_repeat(CAST(NULL AS INT), 1000), '', s)".to_owned(),
+        "regexp_replace(repeat('a', 100000), '', s, 'g')".to_owned(),
+        "regexp_replace(s, '(.*)', repeat('\\1', 100))".to_owned(),
+        "array_replace_all(array_repeat('', 1000), '', s)".to_owned(),
+        "arrays_zip(range(0, 500000), [s], [1], [1], [1], [1])".to_owned(),
+    ] {
+        for rows in [constant, computed] {
+            let sql = format!("SELECT {expression} FROM {rows}");
+            let message = refused(&pod, &sql, json!([]), 413, "QUERY_MEMORY_EXCEEDED").await?;
+            ensure!(message.contains("20000000 bytes"), "{message}");
+        }
+    }
+    // A constant beside rows is made for each of them.
+    let sql = "SELECT concat(repeat('x', 1000000), value) FROM generate_series(1, 30)";
+    refused(&pod, sql, json!([]), 413, "QUERY_MEMORY_EXCEEDED").await?;
+    // Constants are there all at once.
+    let sql = "SELECT length(repeat('x', 9000000)), length(repeat('y', 9000000)), length(repeat('z', 9000000))";
+    refused(&pod, sql, json!([]), 413, "QUERY_MEMORY_EXCEEDED").await?;
+    let insert = format!("INSERT INTO app.t (body) VALUES ({})", many("repeat('x', 1000000)", " || "));
+    let message = refused(&pod, &insert, json!([]), 400, "INVALID_VALUE").await?;
+    ensure!(message.contains("would make about"), "{message}");
+    let sql = "SELECT string_agg(CAST(value AS TEXT), repeat('-', 65) ORDER BY value) FROM generate_series(1, 2)";
+    let message = refused(&pod, sql, json!([]), 400, "INVALID_SQL").await?;
+    ensure!(message == "the delimiter of `string_agg` has 65 bytes, at most 64 are taken", "{message}");
+    still_answers(&pod, 0).await
+}
+
+#[tokio::test]
+async fn what_is_put_together_within_the_bounds_is_as_it_should_be() -> anyhow::Result<()> {
+    let (_home, pod) = start(&[]).await?;
+    for (expression, expected) in [
+        ("'a' || 1 || true", json!("a1true")),
+        ("1 || 'a'", json!("1a")),
+        ("1.50 || 'a' || 1.5e0", json!("1.50a1.5")),
+        ("'a' || DATE '2024-01-01' || TIME '12:00'", json!("a2024-01-0112:00:00")),
+        ("NULL || 'a'", json!(null)),
+        ("'a' || NULL || 'b'", json!(null)),
+        ("'a' || (NULL || 'b')", json!(null)),
+        ("'a' || ('b' || 'c') || ''", json!("abc")),
+        ("X'00' || X'01'", json!("AAE=")),
+        ("'a' || X'31'", json!("a1")),
+        ("substr('abc', 2) || left('abc', 1)", json!("bca")),
+        ("arrow_cast('a', 'Utf8View') || arrow_cast('b', 'LargeUtf8') || 'c'", json!("abc")),
+        ("concat('a', NULL, 1)", json!("a1")),
+        ("concat(NULL)", json!("")),
+        ("concat_ws(',', 'a', NULL, 2)", json!("a,2")),
+        ("concat_ws(NULL, 'a')", json!(null)),
+        ("[1] || 2", json!(["1", "2"])),
+        ("1 || [2]", json!(["1", "2"])),
+        ("[1] || [2, NULL] || [3]", json!(["1", "2", null, "3"])),
+        ("[1] || NULL", json!(["1", null])),
+        ("make_array()", json!([])),
+        ("array_to_string([1, 2, NULL], ',', '-')", json!("1,2,-")),
+        ("array_to_string([[1, 2], [3]], ',')", json!("1,2,3")),
+        ("regexp_replace('foobar', 'o+', '[\\0]', 'g')", json!("f[oo]bar")),
+        ("array_replace_all([1, 2, 1], 1, 3)", json!(["3", "2", "3"])),
+    ] {
+        returns(&pod, "alice", &format!("SELECT {expression}"), json!([[expected]])).await?;
+    }
+    pod.run("alice", "INSERT INTO app.t VALUES (1, 'a' || 'b'), (2, NULL), (3, NULL || 'b')", json!([])).await?;
+    let sql =
+        "SELECT body || ':' || id, id || body, concat(body, id), body || NULL, [body] || 'x' FROM app.t ORDER BY id";
+    let expected = json!([
+        ["ab:1", "1ab", "ab1", null, ["ab", "x"]],
+        [null, null, "2", null, [null, "x"]],
+        [null, null, "3", null, [null, "x"]]
+    ]);
+    returns(&pod, "alice", sql, expected).await?;
+    let sql = "SELECT body || '!', count(*) FROM app.t GROUP BY body || '!' HAVING max(body || '!') <> '' ORDER BY 1";
+    returns(&pod, "alice", sql, json!([["ab!", "1"]])).await?;
+    returns(&pod, "alice", "SELECT id FROM app.t WHERE body || id = 'ab' || 1", json!([["1"]])).await?;
+    returns(
+        &pod,
+        "alice",
+        "SELECT string_agg(body || id, ', ' ORDER BY id), string_agg(DISTINCT body, ''), string_agg(body, '-') FROM app.t",
+        json!([["ab1", "ab", "ab"]]),
+    )
+    .await?;
+    let answer = pod.sql("alice", "SELECT body || ':' || id, [body] || 'x' FROM app.t", json!([])).await?;
+    for name in [r#""name":"app.t.body || Utf8(\":\") || app.t.id""#, r#""name":"array_append(make_array(app.t.body),"#]
+    {
+        ensure!(answer.text.contains(name), "{name} in {}", answer.text);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_primary_key_is_bounded_and_the_error_names_column_and_bound() -> anyhow::Result<()> {
     let key = ["name, type: TEXT, primaryKey: true", "at, type: BIGINT, primaryKey: true"];
     let home = Home::new(BINARY, &declare(&[user_table("t", &key)]))?;

@@ -3,6 +3,7 @@
 
 mod cache;
 mod crash;
+mod casts;
 mod differential;
 mod failure;
 mod fast;
