@@ -322,7 +322,8 @@ fn has_bloom(table: &TableEntry, head: &[RecordBatch]) -> bool {
     !monotone && head.iter().map(RecordBatch::num_rows).sum::<usize>() >= BLOOM_ROWS_MIN
 }
 
-/// Dictionary where values repeat, else DELTA for integers and PLAIN for the rest.
+/// Dictionary where values repeat, else DELTA for 64-bit integers and PLAIN for the rest: parquet 59 cannot skip 32-bit
+/// ones whose equal steps add up to more than 32 bits.
 fn encode_column(
     mut builder: WriterPropertiesBuilder,
     schema: &SchemaDescriptor,
@@ -332,7 +333,7 @@ fn encode_column(
     for leaf in (0..schema.num_columns()).filter(|leaf| schema.get_column_root_idx(*leaf) == root) {
         let column = schema.column(leaf);
         builder = builder.set_column_dictionary_enabled(column.path().clone(), dictionary);
-        if !dictionary && matches!(column.physical_type(), PhysicalType::INT32 | PhysicalType::INT64) {
+        if !dictionary && column.physical_type() == PhysicalType::INT64 {
             builder = builder.set_column_encoding(column.path().clone(), Encoding::DELTA_BINARY_PACKED);
         }
         // Minima and maxima leave NaN out, and SQL does not: `x = 'NaN'` and `x > 1` would skip pages that hold one.

@@ -102,7 +102,7 @@ fn properties(written: &RowGroupMetaData) -> anyhow::Result<WriterProperties> {
     for column in written.columns() {
         let has_dictionary = column.dictionary_page_offset().is_some();
         properties = properties.set_column_dictionary_enabled(column.column_path().clone(), has_dictionary);
-        if !has_dictionary && matches!(column.column_type(), Type::INT32 | Type::INT64) {
+        if !has_dictionary && column.column_type() == Type::INT64 {
             properties = properties.set_column_encoding(column.column_path().clone(), Encoding::DELTA_BINARY_PACKED);
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, SchemaRef};
-use datafusion::common::tree_node::{TreeNode as _, TreeNodeRecursion};
+use datafusion::common::tree_node::{Transformed, TreeNode as _, TreeNodeRecursion};
 use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::error::DataFusionError;
 use datafusion::execution::TaskContext;
@@ -142,6 +142,16 @@ impl Sql {
     }
 }
 
+/// Has filters glue no more than `rows` rows together. Those that the optimizer brings below a union do not know how many
+/// the session says.
+fn with_batches_of(rows: usize, plan: Arc<dyn ExecutionPlan>) -> Result<Arc<dyn ExecutionPlan>, DataFusionError> {
+    let plan = plan.transform_up(|plan| match plan.downcast_ref::<FilterExec>() {
+        Some(filter) => Ok(Transformed::yes(Arc::new(filter.with_batch_size(rows)?) as Arc<dyn ExecutionPlan>)),
+        None => Ok(Transformed::no(plan)),
+    })?;
+    Ok(plan.data)
+}
+
 /// Optimizes `plan`, reads what its scans need of buffered rows and lists of files, and makes the plan that is run.
 async fn prepare(
     state: &mut SessionState,
@@ -168,7 +178,8 @@ async fn prepare(
         // The same for what cannot be planned.
         planner.create_physical_plan(&explained.plan, state).await?;
     }
-    Ok((planner.create_physical_plan(&plan, state).await?, task))
+    let physical = planner.create_physical_plan(&plan, state).await?;
+    Ok((if rows == BATCH_ROWS { physical } else { with_batches_of(rows, physical)? }, task))
 }
 
 /// Optimizes and runs `plan`, and keeps what it gives.

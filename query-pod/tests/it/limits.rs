@@ -290,7 +290,7 @@ async fn rows_of_a_megabyte_are_read_changed_and_compacted_a_few_at_a_time() -> 
     // What a filter leaves is not glued together again.
     let explain = "EXPLAIN ANALYZE SELECT id FROM app.big WHERE s <> ''";
     let analyzed = rows(&pod, "alice", explain, json!([])).await?.to_string();
-    let (_, filter) = analyzed.split_once("FilterExec").context("a filter")?;
+    let (_, filter) = analyzed.rsplit_once("FilterExec").context("a filter of files")?;
     let (_, batches) = filter.split_once("output_batches=").context("its batches")?;
     let batches: u64 = batches.chars().take_while(char::is_ascii_digit).collect::<String>().parse()?;
     ensure!(batches >= 3, "{batches} batches of 32 MiB: {analyzed}");

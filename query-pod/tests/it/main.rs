@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod cache;
-mod crash;
 mod casts;
+mod crash;
 mod differential;
 mod failure;
 mod fast;

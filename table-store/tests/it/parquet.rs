@@ -12,8 +12,9 @@ use arrow_array::{
 };
 use bytes::Bytes;
 use kalamdb_model::catalog::{FIELD_ID_METADATA, TableEntry};
+use kalamdb_model::value::Value;
 use kalamdb_table_store::parquet_file::{self, FileStats, ReadError, WriteError, key_of, locate_keys, metadata_keys};
-use kalamdb_table_store::{DataFiles, FileEntry, Footers, Positions};
+use kalamdb_table_store::{DataFiles, FileEntry, Footers, Positions, parquet_read};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
@@ -201,6 +202,45 @@ fn every_row_and_type_reads_back_as_it_was_written() {
     assert_eq!(found, rows);
     for (field, own) in found.schema().fields().iter().zip(table.arrow_schema().fields()) {
         assert_eq!(field.metadata().get(FIELD_ID_METADATA), own.metadata().get(FIELD_ID_METADATA));
+    }
+}
+
+/// Steps of equal size that add up to more than their type, in both directions.
+#[tokio::test]
+async fn every_row_is_read_by_its_position_however_far_integers_are_apart() {
+    let table = table(&[
+        ("id", "BIGINT", true),
+        ("s", "SMALLINT", false),
+        ("i", "INT", false),
+        ("b", "BIGINT", false),
+        ("d", "DATE", false),
+    ]);
+    let rows: Vec<i64> = (0..100).collect();
+    let step = |row: &i64| *row % 3 - 1;
+    let columns: Vec<ArrayRef> = vec![
+        longs(rows.clone()),
+        Arc::new(Int16Array::from_iter_values(rows.iter().map(|row| 30_000 * step(row) as i16))),
+        Arc::new(Int32Array::from_iter_values(rows.iter().map(|row| 2_000_000_000 * step(row) as i32))),
+        longs(rows.iter().map(|row| 9_000_000_000_000_000_000 * step(row))),
+        Arc::new(Date32Array::from_iter_values(rows.iter().map(|row| i32::MAX * step(row) as i32))),
+    ];
+    for count in [3, 4, 100] {
+        let own = columns.iter().map(|array| array.slice(0, count)).collect();
+        let store: Store = Arc::new(object_store::memory::InMemory::new());
+        let file = upload(&store, &table, vec![batch(&table, own, 1)]).await;
+        for row in 0..u32::try_from(count).unwrap() {
+            let found =
+                parquet_read::read_rows(&files(&store), &file, &table, &[row].into_iter().collect()).await.unwrap();
+            let by = step(&i64::from(row));
+            let expected = vec![
+                Value::BigInt(i64::from(row)),
+                Value::SmallInt(30_000 * by as i16),
+                Value::Int(2_000_000_000 * by as i32),
+                Value::BigInt(9_000_000_000_000_000_000 * by),
+                Value::Date(i32::MAX * by as i32),
+            ];
+            assert_eq!(found, [expected], "row {row} of {count}");
+        }
     }
 }
 
