@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::catalog::{Catalog, Column, Location, NamespaceEntry, NodeEntry, StorageEntry, TableEntry, TableKind};
 use crate::declared::{
-    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageSpec,
-    TableSpec,
+    ColumnSpec, Declared, DeletionPolicy, Kind, NamespaceSpec, NodeSpec, ObjectRef, Replication, Spec, StorageRoot,
+    StorageSpec, TableSpec,
 };
 use crate::defaults::{DefaultCall, DefaultExpr};
 use crate::ids::{ColumnId, TableId};
@@ -111,7 +111,7 @@ pub fn compile(previous: &Catalog, declared: &[Declared], on_removal: OnRemoval)
     let known = known(previous);
     objects.sort_by_cached_key(|d| {
         let ObjectRef { kind, uid, created, name, .. } = &d.object;
-        (*kind, !known.contains(uid.as_str()), *created, uid.clone(), name.clone())
+        (*kind, !known.contains(uid.as_str()), is_elsewhere(previous, d), *created, uid.clone(), name.clone())
     });
     for object in &objects {
         pass.object(object);
@@ -133,6 +133,17 @@ fn known(previous: &Catalog) -> HashSet<&str> {
     let nodes = previous.nodes.values().map(|entry| &entry.object);
     let tables = previous.tables.values().map(|entry| &entry.object);
     storages.chain(namespaces).chain(nodes).chain(tables).map(|object| object.uid.as_str()).collect()
+}
+
+/// Whether a storage is declared where it never was: those that stay go first, so that no other one takes their place.
+fn is_elsewhere(previous: &Catalog, declared: &Declared) -> bool {
+    let Ok(Spec::Storage(spec)) = &declared.spec else { return false };
+    previous.storages.get(&spec.sql_name).is_none_or(|entry| !lies_at(entry, &spec.root))
+}
+
+/// Whether one of its roots is the place of `root`.
+fn lies_at(entry: &StorageEntry, root: &StorageRoot) -> bool {
+    entry.roots.values().any(|found| found.is_same_place(root))
 }
 
 struct Pass<'a> {
@@ -185,6 +196,7 @@ impl Pass<'_> {
         self.refuse_taken("storage", &spec.sql_name, self.next.storages.get(&spec.sql_name).map(|e| &e.object))?;
         self.refuse_another_storage(&declared.object, spec)?;
         let old = self.previous.storages.get(&spec.sql_name);
+        self.refuse_taken_place(spec, old)?;
         let mut roots = old.map(|entry| entry.roots.clone()).unwrap_or_default();
         let identity = spec.root.identity();
         let current_root = match roots.iter().find(|(_, root)| root.identity() == identity) {
@@ -231,6 +243,21 @@ impl Pass<'_> {
                     root.url()
                 ),
             ),
+            _ => Ok(()),
+        }
+    }
+
+    /// A place has one commit stream, and so one storage. Storages that share one from before go on as they do.
+    fn refuse_taken_place(&self, spec: &StorageSpec, old: Option<&StorageEntry>) -> Result<(), Refusal> {
+        let mut others = self.next.storages.iter().filter(|(name, _)| **name != spec.sql_name);
+        match others.find(|(_, other)| lies_at(other, &spec.root)) {
+            Some((other, _)) if old.is_none_or(|old| !lies_at(old, &spec.root)) => {
+                let place = spec.root.url();
+                refuse(
+                    Reason::Conflict,
+                    format!("spec: storage `{other}` lies at `{place}`; declare another bucket, prefix or folder"),
+                )
+            }
             _ => Ok(()),
         }
     }

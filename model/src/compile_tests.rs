@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::declared::{Access, Durability, FlushPolicy, StorageRoot};
+use crate::declared::{Access, Durability, FlushPolicy};
 
 fn object(kind: Kind, name: &str) -> ObjectRef {
     ObjectRef {
@@ -239,6 +239,27 @@ fn a_storage_keeps_its_name_and_type_and_with_them_its_last_good_entry() {
     };
     refused(&|spec| spec.sql_name = StorageName::new("lo_cal").expect("name"));
     refused(&|spec| spec.root = StorageRoot::Gcs { bucket: "bucket".to_owned(), prefix: String::new() });
+}
+
+#[test]
+fn of_two_storages_at_one_place_the_one_that_is_there_stays() {
+    let check = |previous: &Catalog, first: &str, second: &str| {
+        let declared = vec![storage("local", first), storage("other", second)];
+        let (catalog, outcomes) = run(previous, &declared);
+        assert_eq!(run(&catalog, &declared).0, catalog);
+        (catalog, reason(&outcomes, "local"), reason(&outcomes, "other"))
+    };
+    let refused = Some(Reason::Conflict);
+    let (one, ..) = check(&Catalog::default(), "./files", "files/");
+    assert_eq!(one.storages.len(), 1);
+    assert_eq!(check(&Catalog::default(), "./files", "files/").2, refused);
+    let (apart, local, other) = check(&Catalog::default(), "./files", "/files");
+    assert_eq!((local, other), (None, None));
+    let (moved, local, other) = check(&apart, "/files", "/files");
+    assert_eq!((&moved, local, other), (&apart, refused, None));
+    // Where it was before, it may still have tables.
+    let (elsewhere, ..) = check(&apart, "./new", "/files");
+    assert_eq!(check(&elsewhere, "./new", "./files").2, refused);
 }
 
 #[test]

@@ -166,6 +166,13 @@ impl StorageRoot {
         }
     }
 
+    /// Whether `other` names the same place, in the same words.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        let ((place, path), (other_place, other_path)) = (self.place(), other.place());
+        place == other_place && path.trim_end_matches('/') == other_path.trim_end_matches('/')
+    }
+
     /// Whether files of `template` below this root and files of `other_template` below `other` could be the same.
     #[must_use]
     pub fn overlaps(&self, template: &str, other: &Self, other_template: &str) -> bool {

@@ -63,25 +63,38 @@ async fn own(home: &dyn ObjectStore, parts: &Parts) -> anyhow::Result<()> {
     let volume = parts.engine.volume()?;
     let pod = std::env::var("POD_NAME").unwrap_or_else(|_| format!("unnamed-{volume}"));
     loop {
-        match owners::claim(home, &volume, &pod).await {
-            Ok(Claimed::First) => break,
-            Ok(Claimed::Succeeded) if is_owner => break,
-            Ok(Claimed::Succeeded) => {
-                tracing::warn!(pod, "this volume is new, and its instance is not: its storages are read back first");
-                crash::point("rebuild.claimed");
-                // Before the claim is taken for granted: a crash in between claims, and comes here, again.
-                parts.engine.expect_rebuild()?;
-                crash::point("rebuild.expected");
-                break;
+        match claim(home, &volume, &pod).await {
+            Ok((claimed, founder, used)) => {
+                if claimed == Claimed::Succeeded && !is_owner {
+                    tracing::warn!(
+                        pod,
+                        "this volume is new, and its instance is not: its storages are read back first"
+                    );
+                    crash::point("rebuild.claimed");
+                    // Before the claim is taken for granted: a crash in between claims, and comes here, again.
+                    parts.engine.expect_rebuild(used)?;
+                    crash::point("rebuild.expected");
+                }
+                return Ok(parts.engine.set_owner(&founder)?);
             }
-            Err(error @ (ClaimError::Unknown(_) | ClaimError::Read { .. })) => {
+            Err(error @ (ClaimError::Unknown(_) | ClaimError::Read { .. } | ClaimError::List(_))) => {
                 tracing::warn!(error = %Chain(&error), "the home store does not answer; waiting to claim the instance");
                 tokio::time::sleep(BACKOFF).await;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(parts.engine.set_owner()?)
+}
+
+/// Claims the instance; tells also which volume had it first, and which storage roots it uses.
+async fn claim(
+    home: &dyn ObjectStore,
+    volume: &str,
+    pod: &str,
+) -> Result<(Claimed, String, BTreeSet<String>), ClaimError> {
+    let claimed = owners::claim(home, volume, pod).await?;
+    let founder = owners::founder(home).await?.unwrap_or_else(|| volume.to_owned());
+    Ok((claimed, founder, owners::used(home).await?))
 }
 
 /// Follows the catalog log. The pod is ready with the saved catalog, or once the log was read. A log of another history

@@ -23,8 +23,12 @@ pub const FLUSH_POINTS: [&str; 6] =
 /// All points of a compaction, in order. Its commit is that of a flush.
 pub const COMPACTION_POINTS: [&str; 4] = ["compact.merged", "compact.uploaded", "flush.committed", "compact.published"];
 
+/// All points of the first use of a storage, in order.
+pub const HOLD_POINTS: [&str; 2] = ["hold.noted", "hold.held"];
+
 /// All points of the beginning of a stream that has predecessors, in order.
-pub const BEGIN_POINTS: [&str; 4] = ["begin.noted", "begin.fenced", "begin.published", "begin.forgotten"];
+pub const BEGIN_POINTS: [&str; 5] =
+    ["begin.noted", "begin.taken", "begin.fenced", "begin.published", "begin.forgotten"];
 
 /// All points of a checkpoint, in order. The first is passed after each part, the last after each former stream.
 pub const CHECKPOINT_POINTS: [&str; 4] =
@@ -61,10 +65,11 @@ mod tests {
 
     use super::*;
 
-    const LISTS: [(&str, &[&str]); 10] = [
+    const LISTS: [(&str, &[&str]); 11] = [
         ("COMMIT_POINTS", &COMMIT_POINTS),
         ("FLUSH_POINTS", &FLUSH_POINTS),
         ("COMPACTION_POINTS", &COMPACTION_POINTS),
+        ("HOLD_POINTS", &HOLD_POINTS),
         ("BEGIN_POINTS", &BEGIN_POINTS),
         ("CHECKPOINT_POINTS", &CHECKPOINT_POINTS),
         ("REBUILD_POINTS", &REBUILD_POINTS),

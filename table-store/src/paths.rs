@@ -9,6 +9,8 @@
 //! ```text
 //! {root}/{template, user filled in}/{epoch:08x}-{flush seq:016x}-{ulid}.parquet
 //! {root}/_cluster/stream/{incarnation}/{seq:020}.log
+//! {root}/_cluster/holder.json
+//! {home}/_cluster/used/{name of a storage's root, encoded like a user id}.json
 //! {home}/_catalog/objects/{version:020}.json        one entry of the catalog log
 //! {home}/_catalog/objects/snapshot-{version:020}.json
 //! {home}/_catalog/users/{version:020}.json
@@ -29,6 +31,7 @@ const RESERVED: [&str; 2] = [CLUSTER, "_catalog"];
 pub const CLUSTER: &str = "_cluster";
 
 const ENTRIES: &str = "_catalog/objects";
+const USED: &str = "_cluster/used";
 const SNAPSHOT: &str = "snapshot-";
 
 /// Why an instance has no path.
@@ -71,7 +74,11 @@ pub enum PathError {
 /// The segments of `user` in a path, joined by `/`. One-to-one; see the module's text for the rule.
 #[must_use]
 pub fn encode_user(user: &UserId) -> String {
-    let units: Vec<String> = user.as_str().bytes().map(encode_byte).collect();
+    encode(user.as_str())
+}
+
+fn encode(text: &str) -> String {
+    let units: Vec<String> = text.bytes().map(encode_byte).collect();
     let mut segments = Vec::new();
     let mut rest = units.as_slice();
     while length(rest) > SEGMENT_BYTES_MAX {
@@ -240,6 +247,34 @@ pub fn catalog_snapshot_version(path: &Path) -> Option<u64> {
 #[must_use]
 pub fn owners_entry(number: u64) -> Path {
     child(&Path::from_iter([CLUSTER, "owners"]), &format!("{number:020}.json"))
+}
+
+/// What says, in a storage, which instance of KalamDB it belongs to.
+#[must_use]
+pub fn holder() -> Path {
+    Path::from_iter([CLUSTER, "holder.json"])
+}
+
+/// The folder of [`used_entry`].
+#[must_use]
+pub fn used_prefix() -> Path {
+    Path::from_iter(USED.split('/'))
+}
+
+/// What says, in the home store, that the storage root of this name is used.
+///
+/// # Panics
+/// Never: encoded segments are a path.
+#[must_use]
+pub fn used_entry(name: &str) -> Path {
+    Path::parse(format!("{USED}/{}.json", encode(name))).expect("encoded segments are a path")
+}
+
+/// The name of a [`used_entry`]; `None` for other paths.
+#[must_use]
+pub fn used_name(path: &Path) -> Option<String> {
+    let encoded = path.as_ref().strip_prefix(USED)?.strip_prefix('/')?.strip_suffix(".json")?;
+    decode_segments(encoded)
 }
 
 /// The folder of the log of users.
@@ -484,6 +519,12 @@ mod tests {
         assert_eq!(catalog_entry(64).as_ref(), "_catalog/objects/00000000000000000064.json");
         assert_eq!(catalog_snapshot(64).as_ref(), "_catalog/objects/snapshot-00000000000000000064.json");
         assert_eq!(users_entry(1).as_ref(), "_catalog/users/00000000000000000001.json");
+        assert_eq!(holder().as_ref(), "_cluster/holder.json");
+        assert_eq!(used_entry("eu.1/s3:b/p").as_ref(), "_cluster/used/eu.1%2fs3%3ab%2fp.json");
+        for name in ["eu.1/s3:b/p".to_owned(), format!("a.2/file:/{}", "Ä/".repeat(300))] {
+            assert_eq!(used_name(&used_entry(&name)), Some(name));
+        }
+        assert_eq!(used_name(&holder()), None);
         assert_eq!(catalog_entry_version(&catalog_entry(u64::MAX)), Some(u64::MAX));
         assert_eq!(catalog_entry_version(&catalog_snapshot(9)), None);
         assert_eq!(catalog_snapshot_version(&catalog_snapshot(9)), Some(9));

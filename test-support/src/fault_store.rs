@@ -4,7 +4,7 @@
 //! Owns: which calls fail, from a seed or from a script, so that a failing run can be repeated. Does not own: the
 //! objects; those lie in the store below, which the test looks at directly for the truth.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -137,6 +137,7 @@ struct State {
     rates: Rates,
     script: VecDeque<Option<Fault>>,
     late: Vec<(Path, PutPayload, PutOptions)>,
+    kept: HashSet<Path>,
     cut_at: Option<usize>,
     hang: Duration,
     down: bool,
@@ -153,6 +154,7 @@ impl FaultStore {
             rates,
             script: VecDeque::new(),
             late: Vec::new(),
+            kept: HashSet::new(),
             cut_at: None,
             hang: HANG,
             down: false,
@@ -183,9 +185,17 @@ impl FaultStore {
         self.state().rates = rates;
     }
 
-    /// No failures by chance any more.
+    /// No failures by chance or by script any more.
     pub fn heal(&self) {
-        self.set_rates(Rates::default());
+        let mut state = self.state();
+        state.rates = Rates::default();
+        state.script.clear();
+    }
+
+    /// From now on this object cannot be deleted.
+    #[allow(dead_code, reason = "this file is a part of two crates, and one has no use for it")]
+    pub fn keep(&self, path: Path) {
+        self.state().kept.insert(path);
     }
 
     /// After how many bytes a body ends that ends early. Chance decides if nothing is said.
@@ -421,6 +431,9 @@ impl ObjectStore for FaultStore {
             let store = store.clone();
             async move {
                 let location = location?;
+                if store.state().kept.contains(&location) {
+                    return Err(store.failure());
+                }
                 let deleted = store.call(Call::Delete, store.inner.delete(&location)).await;
                 deleted.map(|()| location)
             }

@@ -17,6 +17,7 @@ use kalamdb_table_store::manifest::{Edit, FileEntry, Manifest};
 use kalamdb_table_store::merge::{Merge, MergeError};
 use kalamdb_table_store::{parquet_file, paths};
 use parking_lot::Mutex;
+use tokio::task::JoinSet;
 
 use super::flush::{Encoded, FlushError, WAIT};
 use super::instance::{InstanceError, View};
@@ -43,6 +44,11 @@ const DEAD_MAX_US: i64 = 24 * 3_600 * 1_000_000;
 const SWEEP: Duration = Duration::from_secs(3_600);
 /// Instances that are looked at in one go.
 const SWEEP_AT_ONCE: usize = 1_000;
+
+/// How long whoever compacts many instances waits for one of them.
+const COMPACT_WAIT: Duration = Duration::from_secs(60);
+/// Failures one after the other after which those of one storage are left alone.
+const FAILURES_MAX: usize = 3;
 
 const HOUR_US: i64 = 3_600 * 1_000_000;
 
@@ -165,7 +171,7 @@ impl Engine {
         self.settle_move(id).await?;
         let root = instance.root(&table);
         // Before the view is taken: this may publish what a former process committed.
-        self.open_stream(&root).await?;
+        self.open_soon(&root).await?;
         let view = Arc::clone(&instance.current.read().view);
         self.check_owner(&table, id, &view)?;
         let Choice { files, deleted_until_us } =
@@ -225,27 +231,78 @@ impl Engine {
         Ok(Compacted { files: files.len() as u64, rows })
     }
 
-    /// Compacts the instances of which `matches` holds, one after the other, whenever that gains anything.
+    /// Compacts the instances of which `matches` holds, those of one storage one after the other, whenever that gains
+    /// anything.
     ///
     /// # Errors
-    /// The first failure, after every instance was tried.
+    /// The first failure, after every instance was tried, but those of a storage that fails again and again.
     pub async fn compact_matching(
         self: &Arc<Self>,
         matches: impl Fn(&InstanceId) -> bool,
     ) -> Result<Compacted, FlushError> {
         let engine = Arc::clone(self);
         let published = tokio::task::spawn_blocking(move || engine.buffer.published()).await??;
+        self.compact_all(published.into_iter().filter(matches).collect(), Why::Asked).await
+    }
+
+    /// Compacts `ids`, those of one storage one after the other. One that is down holds up only its own, and not for ever.
+    async fn compact_all(self: &Arc<Self>, ids: Vec<InstanceId>, why: Why) -> Result<Compacted, FlushError> {
+        let engine = Arc::clone(self);
+        let of_storages = tokio::task::spawn_blocking(move || engine.by_root(ids)).await??;
+        let mut compacting = JoinSet::new();
+        for ids in of_storages.into_values() {
+            compacting.spawn(Arc::clone(self).compact_each(ids, why));
+        }
         let (mut done, mut failure) = (Compacted::default(), None);
-        for id in published.into_iter().filter(matches) {
-            match self.compact_in_turn(&id, Why::Asked).await {
+        while let Some(compacted) = compacting.join_next().await {
+            let (Compacted { files, rows }, failed) = compacted?;
+            done.files += files;
+            done.rows += rows;
+            failure = failure.or(failed);
+        }
+        failure.map_or(Ok(done), Err)
+    }
+
+    /// `ids` by the storage that they lie in.
+    fn by_root(&self, ids: Vec<InstanceId>) -> Result<HashMap<RootKey, Vec<InstanceId>>, FlushError> {
+        let catalog = self.catalog.current();
+        let mut of_roots: HashMap<RootKey, Vec<InstanceId>> = HashMap::new();
+        for id in ids {
+            if let Some(table) = catalog.table_by_id(id.table) {
+                of_roots.entry(self.instances.get(&id)?.root(table)).or_default().push(id);
+            }
+        }
+        Ok(of_roots)
+    }
+
+    /// Compacts instances of one storage, and tells the first failure.
+    async fn compact_each(self: Arc<Self>, ids: Vec<InstanceId>, why: Why) -> (Compacted, Option<FlushError>) {
+        let (mut done, mut failure, mut failures) = (Compacted::default(), None, 0);
+        for id in ids {
+            if self.stop.is_cancelled() || failures >= FAILURES_MAX {
+                break;
+            }
+            let (engine, of) = (Arc::clone(&self), id.clone());
+            let work = self.tasks.spawn(async move { engine.compact_in_turn(&of, why).await });
+            // Its commit waits for its storage for as long as it takes: then it goes on by itself.
+            let outcome = match tokio::time::timeout(COMPACT_WAIT, work).await {
+                Ok(joined) => joined.map_err(FlushError::from).and_then(|outcome| outcome),
+                Err(_) => Err(FlushError::Waiting),
+            };
+            match outcome {
                 Ok(Compacted { files, rows }) => {
                     done.files += files;
                     done.rows += rows;
+                    failures = 0;
                 }
-                Err(error) => failure = failure.or(Some(error)),
+                Err(error) => {
+                    tracing::warn!(table = id.table.0, error = %Chain(&error), "an instance was not compacted");
+                    failure = failure.or(Some(error));
+                    failures += 1;
+                }
             }
         }
-        failure.map_or(Ok(done), Err)
+        (done, failure)
     }
 
     /// One compaction of a storage at a time; one that is down holds up only its own.
@@ -288,17 +345,14 @@ impl Engine {
     pub async fn sweep(self: &Arc<Self>) -> Result<(), FlushError> {
         let engine = Arc::clone(self);
         let published = tokio::task::spawn_blocking(move || engine.buffer.published()).await??;
+        let mut all = Vec::new();
         for ids in published.chunks(SWEEP_AT_ONCE) {
             let (engine, ids) = (Arc::clone(self), ids.to_vec());
-            let looking = tokio::task::spawn_blocking(move || engine.overdue(ids));
-            for id in looking.await?? {
-                if self.stop.is_cancelled() {
-                    return Ok(());
-                }
-                if let Err(error) = self.compact_in_turn(&id, Why::Sweep).await {
-                    tracing::warn!(table = id.table.0, error = %Chain(&error), "deleted rows whose time is over stay for now");
-                }
-            }
+            let overdue = tokio::task::spawn_blocking(move || engine.overdue(ids)).await??;
+            all.extend(overdue);
+        }
+        if let Err(error) = self.compact_all(all, Why::Sweep).await {
+            tracing::warn!(error = %Chain(&error), "deleted rows whose time is over stay for now");
         }
         Ok(())
     }

@@ -168,6 +168,7 @@ impl Engine {
     ) -> Result<Flushed, FlushError> {
         let counters = self.buffer.counters(id)?;
         if counters.rows == 0 && !counters.has_frozen() {
+            self.reclaim(id, counters.flushed).await?;
             return Ok(Flushed::default());
         }
         let job = self.jobs.begin_for(JobKind::Flush, &*self.table(id)?, id);
@@ -188,6 +189,8 @@ impl Engine {
         self.check_rebuilt(&*self.table(id)?, &id.owner).await?;
         self.settle_move(id).await?;
         self.open_stream(&instance.root(&*self.table(id)?)).await?;
+        // Opening it may have published what a former process committed.
+        self.reclaim(id, self.buffer.counters(id)?.flushed).await?;
         // A generation that an earlier attempt froze comes first, then the rows of now.
         let last = self.buffer.counters(id)?.active;
         while let Some(generation) = self.freeze(id).await? {
@@ -209,6 +212,13 @@ impl Engine {
 
     fn table(&self, id: &InstanceId) -> Result<Arc<TableEntry>, FlushError> {
         self.catalog.current().table_by_id(id.table).cloned().ok_or(FlushError::TableGone)
+    }
+
+    /// Removes the rows of generations that are published, if they are still there.
+    async fn reclaim(self: &Arc<Self>, id: &InstanceId, up_to: Generation) -> Result<(), FlushError> {
+        let (engine, id) = (Arc::clone(self), id.clone());
+        tokio::task::spawn_blocking(move || engine.buffer.reclaim(&id, up_to)).await??;
+        Ok(())
     }
 
     /// Returns rows and bytes of the file.
@@ -235,8 +245,7 @@ impl Engine {
         crash::point("flush.uploaded");
         self.ship(&root, edit).await?;
         crash::point("flush.published");
-        let (engine, of_id) = (Arc::clone(self), id.clone());
-        tokio::task::spawn_blocking(move || engine.buffer.reclaim(&of_id, generation)).await??;
+        self.reclaim(id, generation).await?;
         crash::point("flush.reclaimed");
         self.metrics.flushes.inc();
         self.metrics.rows_flushed.inc_by(rows);
@@ -401,5 +410,45 @@ impl Encoded {
             replaced: Positions::default(),
         };
         Self { path, bytes: bytes.into(), entry }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kalamdb_model::{Owner, UserId, Value, key};
+    use kalamdb_table_store::FilesystemStore;
+    use kalamdb_table_store::stream::{Round, StreamWriter};
+    use kalamdb_test_support::pod::MANIFESTS;
+    use kalamdb_write_buffer::row;
+
+    use super::super::{NewRow, Secrets, Storages, testing};
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn rows_that_are_published_while_a_stream_begins_leave_the_buffer() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || testing::open(dir.path(), MANIFESTS, Storages::new(dir.path().to_owned(), Secrets::default()));
+        let (engine, table) = open();
+        let owner = Owner::User(UserId::new("alice").unwrap());
+        let id = Engine::instance_id(&table, &owner);
+        let values = [Value::BigInt(1), Value::Text("body".to_owned())];
+        let row = NewRow { key: key::encode(&values[..1]), value: row::encode(&table, &values) };
+        engine.write(&table, &owner).await.unwrap().insert(vec![row]).await.unwrap();
+        engine.open_stream(&RootKey::of(&table.location)).await.unwrap();
+        let generation = engine.buffer.freeze(id.clone()).await.unwrap().unwrap();
+        let incarnation = engine.shippers.incarnation.clone();
+        engine.close(Duration::from_secs(5)).await;
+        drop(engine);
+        // It had committed them, and died before they were published.
+        let (add, remove, replace) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let edit = Edit { instance: id.clone(), generation, last_seq: now_us(), add, remove, replace, placed: None };
+        let store = Arc::new(FilesystemStore::open_used(&dir.path().join("files")).unwrap());
+        let round = Arc::new(Round { edits: vec![edit], rows: Vec::new() });
+        StreamWriter::new(store, incarnation, 1).append(&round).await.unwrap();
+        let (engine, _) = open();
+        engine.flush(&id).await.unwrap();
+        let scanned = engine.buffer.scan(&id, Generation(0), &mut |_, _, _| ControlFlow::Continue(()));
+        assert!(matches!(scanned, Err(kalamdb_write_buffer::ReadError::Reclaimed { .. })), "{scanned:?}");
+        engine.close(Duration::from_secs(5)).await;
     }
 }

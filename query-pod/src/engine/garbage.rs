@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_secs(10);
 /// Most files removed at one look.
 const REMOVED_MAX: usize = 1_000;
 
+/// Failures one after the other after which a storage is left alone until the next look.
+const FAILURES_MAX: usize = 3;
+
 const NOTES: &str = "garbage/";
 
 /// A file that no view names, or soon will not.
@@ -51,6 +54,11 @@ pub(super) enum RemoveError {
     Path(#[from] object_store::path::Error),
     #[error("its storage does not remove it")]
     Store(#[from] object_store::Error),
+}
+
+/// The last segment of a path. Those of data files are never given twice.
+pub(super) fn file_name(path: &str) -> &str {
+    path.rsplit_once('/').map_or(path, |(_, name)| name)
 }
 
 impl Engine {
@@ -87,15 +95,17 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether `path` in `root` is a file of the instance now.
+    /// Whether `path` in `root` is a file of the instance now. A data file is known by its name: what two storages reach has
+    /// two paths.
     pub(super) fn is_named(&self, id: &InstanceId, root: &RootKey, path: &str) -> Result<bool, InstanceError> {
         let view = Arc::clone(&self.instances.get(id)?.current.read().view);
         let catalog = self.catalog.current();
         let Some(table) = catalog.table_by_id(id.table) else { return Ok(true) };
         let location = view.location(table);
         let outside = paths::instance_prefix(location, &id.owner).map(|prefix| paths::outside_manifest(&prefix));
-        let is_outside = outside.is_ok_and(|outside| outside.as_ref() == path);
-        Ok(RootKey::of(location) == *root && (view.file(path).is_some() || is_outside))
+        let is_outside = outside.is_ok_and(|outside| outside.as_ref() == path)
+            && self.storages.share_place(&catalog, root, &RootKey::of(location));
+        Ok(is_outside || view.manifest.files.iter().any(|file| file_name(&file.path) == file_name(path)))
     }
 
     /// Whether `path` in `root` is to go when its time has come.
@@ -114,6 +124,7 @@ impl Engine {
     async fn remove_garbage(self: &Arc<Self>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let after_us = i64::try_from(self.limits.garbage_after_secs.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
         let (mut removed, mut jobs) = (0, HashMap::new());
+        let mut failures: HashMap<RootKey, usize> = HashMap::new();
         for (key, text) in self.buffer.state_scan(NOTES)? {
             let Ok(Note { storage, root, path, instance, since_us, bytes }) = serde_json::from_slice(&text) else {
                 tracing::error!(object_path = %key, "a note of a replaced file is damaged; the file stays");
@@ -126,6 +137,10 @@ impl Engine {
                 break;
             }
             let root = RootKey { storage, root };
+            // A storage that is down keeps its garbage, and the others lose theirs. One file that stays is no such storage.
+            if failures.get(&root).is_some_and(|failures| *failures >= FAILURES_MAX) {
+                continue;
+            }
             if !self.is_named(&instance, &root, &path)? {
                 crash::point("garbage.due");
                 let outcome = self.remove(&root, &path).await;
@@ -137,12 +152,13 @@ impl Engine {
                         Err(error) => job.fail(error),
                     }
                 }
-                // A storage that is down keeps its garbage; the others lose theirs.
                 if let Err(error) = outcome {
                     tracing::warn!(object_path = %path, error = %Chain(&error), "cannot remove a replaced file yet");
+                    *failures.entry(root).or_default() += 1;
                     continue;
                 }
                 crash::point("garbage.removed");
+                failures.remove(&root);
             }
             self.buffer.state_delete(&key)?;
             removed += 1;
@@ -168,6 +184,15 @@ pub(super) async fn run(engine: Arc<Engine>) {
 
 #[cfg(test)]
 mod tests {
+    use kalamdb_model::UserId;
+    use kalamdb_model::declared::StorageRoot;
+    use kalamdb_table_store::Credentials;
+    use kalamdb_test_support::fault_store::FaultStore;
+    use kalamdb_test_support::pod::MANIFESTS;
+    use object_store::ObjectStore;
+    use object_store::memory::InMemory;
+
+    use super::super::{Secrets, Storages, testing};
     use super::*;
 
     #[test]
@@ -177,5 +202,35 @@ mod tests {
         assert_eq!(key, format!("{NOTES}{}.{}/{}", note.storage, note.root, note.path));
         assert_eq!((note.since_us, note.bytes), (1_732_000_000_000_000, 1_001));
         assert_eq!(serde_json::to_string(&note).unwrap(), text);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_storage_that_is_down_keeps_its_garbage_and_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let [down, up] = [(), ()].map(|()| FaultStore::healthy(Arc::new(InMemory::new())));
+        down.set_down(true);
+        let stores = (down.clone(), up);
+        let open = Box::new(move |root: &StorageRoot, _: Option<&Credentials>, _| {
+            let store = if root.place().1 == "other" { &stores.1 } else { &stores.0 };
+            Ok(Arc::new(store.clone()) as Arc<dyn ObjectStore>)
+        });
+        let manifests = format!("{MANIFESTS}{}", testing::storage("other", "./other"));
+        let (engine, table) = testing::open(dir.path(), &manifests, Storages::opened_by(open, Secrets::default()));
+        let id = InstanceId::of_user(UserId::new("alice").unwrap(), table.id);
+        let [local, other] =
+            ["local", "other"].map(|name| RootKey { storage: StorageName::new(name).unwrap(), root: 1 });
+        for root in [&local, &other] {
+            for file in 0..20 {
+                engine.note(root, &id, format!("users/alice/app/messages/{file}.parquet"), 1).unwrap();
+            }
+        }
+        engine.remove_garbage().await.unwrap();
+        let left = |root: &RootKey| engine.buffer.state_scan(&format!("{NOTES}{root}/")).unwrap().len();
+        assert_eq!((left(&local), left(&other)), (20, 0));
+        assert!(down.faults() < 20, "{} of its files were asked for", down.faults());
+        down.set_down(false);
+        engine.remove_garbage().await.unwrap();
+        assert_eq!(left(&local), 0);
+        engine.close(Duration::from_secs(5)).await;
     }
 }

@@ -71,7 +71,8 @@ pub struct EngineLimits {
     /// Most buffered bytes of one user's part of a table; above it writes to it are refused until it is flushed.
     #[arg(long, default_value_t = 64 << 20)]
     pub instance_bytes_max: u64,
-    /// Most buffered bytes of all users; from half of it on the largest are flushed, above it writes are refused.
+    /// Most buffered bytes of all users; from half of it on the largest are flushed, above it writes are refused. Rows for
+    /// one storage take at most half of it, where there are others.
     #[arg(long, default_value_t = 2 << 30)]
     pub buffered_bytes_max: u64,
     /// Free bytes that writes leave on the data folder's disk.
@@ -214,12 +215,21 @@ impl Engine {
         Ok(self.buffer.state_get("owner")?.is_some())
     }
 
-    /// Takes note that it does.
+    /// Takes note that it does, and which volume had the instance first.
     ///
     /// # Errors
     /// If the write buffer does not write.
-    pub fn set_owner(&self) -> Result<(), kalamdb_write_buffer::ReadError> {
+    pub fn set_owner(&self, founder: &str) -> Result<(), kalamdb_write_buffer::ReadError> {
+        self.buffer.state_put("founder", founder.as_bytes())?;
         self.buffer.state_put("owner", b"1")
+    }
+
+    /// The volume that had the instance first, by which storages know it: this one, if nobody has told another.
+    fn founder(&self) -> Result<String, kalamdb_write_buffer::ReadError> {
+        match self.buffer.state_get("founder")? {
+            Some(founder) => Ok(String::from_utf8_lossy(&founder).into_owned()),
+            None => self.volume(),
+        }
     }
 
     /// Saves `next`, takes note of it beside the rows, then serves it.
@@ -345,6 +355,42 @@ impl Engine {
 }
 
 #[cfg(test)]
+mod testing {
+    //! An engine for the tests beside the code.
+
+    use kalamdb_model::{OnRemoval, compile};
+
+    use super::*;
+
+    /// An engine in `dir`, and the one table of `manifests`.
+    pub(super) fn open(dir: &Path, manifests: &str, storages: Storages) -> (Arc<Engine>, Arc<TableEntry>) {
+        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
+        let catalog = CatalogHandle::open(dir).unwrap();
+        let (compiled, _) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
+        let table = Arc::new(compiled.tables.values().next().unwrap().clone());
+        catalog.save(&compiled).unwrap();
+        catalog.serve(compiled);
+        let limits = EngineLimits {
+            instance_bytes_max: 1 << 20,
+            buffered_bytes_max: 1 << 30,
+            disk_reserve_bytes: 0,
+            garbage_after_secs: 0,
+            orphans_after_secs: 0,
+            flushes_max: 1,
+        };
+        (Engine::open(dir, catalog, storages, limits, Arc::default()).unwrap(), table)
+    }
+
+    /// One more storage, in this folder.
+    pub(super) fn storage(name: &str, path: &str) -> String {
+        format!(
+            "---\napiVersion: kalamdb.org/v1alpha1\nkind: Storage\nmetadata: {{name: {name}}}\nspec:\n  \
+             type: Filesystem\n  filesystem: {{path: {path}}}\n"
+        )
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use kalamdb_model::{OnRemoval, StorageName, UserId, compile};
     use kalamdb_table_store::StoreError;
@@ -398,11 +444,13 @@ mod tests {
 
         assert_eq!(engine.volume().unwrap(), "01jarz3ndektsv4rrffq69g5fc");
         assert!(engine.is_owner().unwrap());
+        assert_eq!(engine.founder().unwrap(), "01jarz3ndektsv4rrffq69g5f9");
         let (id, storage_id) = (UserId::new("alice").unwrap(), StorageName::new("eu").ok());
         assert_eq!(engine.users(), Some(vec![User { id: id.clone(), storage_mode: StorageMode::Region, storage_id }]));
         let alice = InstanceId::of_user(id, kalamdb_model::TableId(1));
         assert!(engine.moves.may_be_elsewhere(&alice) && engine.moves.is_moving(&alice).unwrap());
         assert_eq!(engine.not_rebuilt(), BTreeSet::from([root("eu")]));
+        assert!(!engine.is_rebuilt(&root("us")));
         let local = root("local");
         let (key, _) = stored_note("garbage/");
         let file = key.trim_start_matches("garbage/local.1/");

@@ -7,15 +7,15 @@
 //!
 //! The commit in the new storage is the move. After a crash before it, the instance is where it was, and the copies belong
 //! to nobody; after it, the stream of the new storage tells, and nothing of the instance is written before that stream was
-//! read ([`Engine::settle_move`]). After the loss of a volume, both storages may seem to have it: the higher number of
-//! moves does.
+//! read ([`Engine::settle_move`]). The same holds when the commit is not answered in time. After the loss of a volume, both
+//! storages may seem to have it: the higher number of moves does.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kalamdb_model::{InstanceId, Location, Owner, TableEntry, TableId, TableKind, UserId};
+use kalamdb_model::{InstanceId, Location, Owner, StorageName, TableEntry, TableId, TableKind, UserId};
 use kalamdb_table_store::create::{self, Create};
 use kalamdb_table_store::manifest::{Edit, FileEntry, Placed};
 use kalamdb_table_store::paths;
@@ -26,7 +26,7 @@ use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, Semaphore};
 
-use super::flush::{FlushError, WAIT};
+use super::flush::{FlushError, Flushed, WAIT};
 use super::instance::{Instance, View};
 use super::jobs::{JobKind, Ticket};
 use super::{EPOCH, Engine, OpenError, RootKey};
@@ -59,13 +59,15 @@ struct Note {
 /// What has to be looked at, and what is not over.
 pub(super) struct Moves {
     buffer: WriteBuffer,
-    /// Of a former process.
+    /// Of a former process, or of an attempt whose commit was not answered.
     pending: Mutex<HashMap<InstanceId, Note>>,
     placed: RwLock<HashSet<InstanceId>>,
     wanted: Mutex<BTreeSet<InstanceId>>,
     at_work: Mutex<HashSet<InstanceId>>,
     /// Of attempts that failed.
     copies: Mutex<HashMap<InstanceId, (Location, Copies)>>,
+    /// Whose moves to a storage were stopped on request: they rest until somebody says again where they are to lie.
+    resting: Mutex<HashMap<InstanceId, StorageName>>,
     all: AtomicBool,
     wake: Notify,
 }
@@ -103,6 +105,7 @@ impl Moves {
             wanted: Mutex::default(),
             at_work: Mutex::default(),
             copies: Mutex::default(),
+            resting: Mutex::default(),
             all: AtomicBool::default(),
             wake: Notify::new(),
         };
@@ -150,6 +153,22 @@ impl Moves {
             .map(|table| InstanceId::of_user(user.clone(), table.id));
         self.wanted.lock().extend(of_user);
         self.wake.notify_one();
+    }
+
+    /// It is said anew where a user's rows are to lie: what was stopped goes on.
+    pub(super) fn wake_user(&self, user: &UserId) {
+        self.resting.lock().retain(|id, _| !matches!(&id.owner, Owner::User(owner) if owner == user));
+    }
+
+    /// A move was stopped on request. What it has copied is of no use.
+    fn rest(&self, id: &InstanceId, to: StorageName) {
+        self.resting.lock().insert(id.clone(), to);
+        self.copies.lock().remove(id);
+    }
+
+    /// Whether a commit of a move was not answered: nothing may be written to `id` before it is.
+    pub(super) fn is_pending(&self, id: &InstanceId) -> bool {
+        self.pending.lock().contains_key(id)
     }
 
     fn look_again(&self, id: InstanceId) {
@@ -241,8 +260,14 @@ impl Engine {
             self.moves.copies.lock().remove(id);
             return Ok(());
         }
+        if self.moves.resting.lock().get(id) == Some(&to.storage) {
+            return Ok(());
+        }
         let job = self.jobs.begin_for(JobKind::StorageMove, &table, id);
-        let outcome = self.move_now(&table, &instance, to, &job).await;
+        let outcome = self.move_now(&table, &instance, &to, &job).await;
+        if outcome.is_err() && job.cancel.is_cancelled() {
+            self.moves.rest(id, to.storage);
+        }
         job.end(&outcome);
         if matches!(outcome, Err(FlushError::Cancelled)) { Ok(()) } else { outcome }
     }
@@ -257,20 +282,18 @@ impl Engine {
         self: &Arc<Self>,
         table: &Arc<TableEntry>,
         instance: &Arc<Instance>,
-        to: Location,
+        to: &Location,
         job: &Ticket,
     ) -> Result<(), FlushError> {
         let id = &instance.id;
-        self.open_soon(&RootKey::of(&to)).await?;
+        self.open_soon(&RootKey::of(to)).await?;
         self.open_soon(&instance.root(table)).await?;
-        let flushed = self.flush(id).await;
-        self.schedule.done(self, id, flushed.is_ok());
-        flushed?;
-        let mut copies = self.moves.take_copies(id, &to);
-        let outcome = self.copy_and_switch(table, instance, &to, &mut copies, job).await;
+        self.flush_soon(id, self.flush(id)).await?;
+        let mut copies = self.moves.take_copies(id, to);
+        let outcome = self.copy_and_switch(table, instance, to, &mut copies, job).await;
         if let Err(error) = outcome {
             // The next attempt goes on from them.
-            self.moves.copies.lock().insert(id.clone(), (to, copies));
+            self.moves.copies.lock().insert(id.clone(), (to.clone(), copies));
             return Err(error);
         }
         self.finish_leaving(id).await?;
@@ -304,9 +327,7 @@ impl Engine {
         let _no_flush = flushes.map_err(|_| FlushError::Waiting)?;
         let writes = tokio::time::timeout(WAIT, Arc::clone(&instance.writes).write_owned()).await;
         let _no_write = writes.map_err(|_| FlushError::Waiting)?;
-        let flushed = self.flush_held(id, instance).await;
-        self.schedule.done(self, id, flushed.is_ok());
-        flushed?;
+        self.flush_soon(id, self.flush_held(id, instance)).await?;
         let view = Arc::clone(&instance.current.read().view);
         self.copy_files(table, id, &view, to, copies, job).await?;
         if job.cancel.is_cancelled() {
@@ -330,6 +351,23 @@ impl Engine {
     /// Opens the stream of `root`, if that does not take long: a storage that is down must not hold up the moves of others.
     pub(super) async fn open_soon(self: &Arc<Self>, root: &RootKey) -> Result<(), FlushError> {
         Ok(tokio::time::timeout(WAIT, self.open_stream(root)).await.map_err(|_| FlushError::Waiting)??)
+    }
+
+    /// Commits `edit` in the stream of `root`, if that does not take long. After an error it may happen yet.
+    async fn ship_soon(self: &Arc<Self>, root: &RootKey, edit: Edit) -> Result<(), FlushError> {
+        Ok(tokio::time::timeout(WAIT, self.ship(root, edit)).await.map_err(|_| FlushError::Waiting)??)
+    }
+
+    /// Waits for a flush of `id` as long as a move may. What is cut off is begun again by the schedule: each of its steps
+    /// may run twice.
+    async fn flush_soon(
+        &self,
+        id: &InstanceId,
+        flush: impl Future<Output = Result<Flushed, FlushError>>,
+    ) -> Result<(), FlushError> {
+        let flushed = tokio::time::timeout(WAIT, flush).await.unwrap_or(Err(FlushError::Waiting));
+        self.schedule.done(self, id, flushed.is_ok());
+        flushed.map(drop)
     }
 
     /// After a statement: if its instance was new, its place may have changed while the statement was under way.
@@ -418,24 +456,24 @@ impl Engine {
             replace: BTreeMap::new(),
             placed: Some(placed),
         };
-        if let Err(error) = self.ship(&RootKey::of(&note.placed.location), edit).await {
-            // It may have happened: nothing is written to the instance before that is known.
+        if let Err(error) = self.ship_soon(&RootKey::of(&note.placed.location), edit).await {
+            // It may have happened, or happen yet: nothing is written to the instance before that is known.
             self.moves.pending.lock().insert(id.clone(), note);
-            return Err(error.into());
+            return Err(error);
         }
         crash::point("move.arrived");
         Ok(rows)
     }
 
-    /// Makes sure that it is known whether a move that a former process was about to commit has happened. Until then
-    /// nothing may be written to the instance, in whatever storage.
+    /// Makes sure that it is known whether a move that was about to be committed has happened: what was asked of the stream
+    /// before is done when it answers. Until then nothing may be written to the instance, in whatever storage.
     pub(super) async fn settle_move(self: &Arc<Self>, id: &InstanceId) -> Result<(), FlushError> {
         // Cheap, and almost always so.
         let Some(note) = self.moves.pending.lock().get(id).cloned() else { return Ok(()) };
         let instance = self.instances.get(id)?;
         let has_moved = || instance.current.read().view.manifest.moves() >= note.placed.moves;
         if !has_moved() {
-            self.open_stream(&RootKey::of(&note.placed.location)).await?;
+            self.open_soon(&RootKey::of(&note.placed.location)).await?;
         }
         // Under the lock: several may settle one move, and none may settle the next.
         let mut pending = self.moves.pending.lock();
@@ -470,7 +508,8 @@ impl Engine {
             replace: BTreeMap::new(),
             placed: Some(note.placed),
         };
-        self.ship(&root, edit).await?;
+        // The note stays until it is known to be told; telling it again changes nothing.
+        self.ship_soon(&root, edit).await?;
         crash::point("move.left");
         Ok(self.buffer.state_delete(&key(NOTES, id))?)
     }

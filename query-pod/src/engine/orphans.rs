@@ -3,7 +3,8 @@
 //!
 //! Once a day each storage is listed. A file goes only if it is a day old, by its name and by the store; if it was made
 //! since this data folder uses the storage (what was there before is another's); and if, while nothing of its instance is
-//! being flushed, compacted or moved, neither the manifest nor a note of garbage names it.
+//! being flushed, compacted or moved, neither the manifest nor a note of garbage names it. Names of files are compared, not
+//! where they are said to lie: two storages may reach one place, and no two files have one name.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use kalamdb_table_store::{Manifest, paths};
 use kalamdb_write_buffer::ReadError;
 use object_store::path::Path;
 
+use super::garbage::file_name;
 use super::jobs::JobKind;
 use super::ship::root_of;
 use super::{Engine, RootKey, now_us};
@@ -115,21 +117,15 @@ impl Engine {
         Ok(removed)
     }
 
-    /// Every file of an instance that lies in `root`, whatever its place was called when it got there. Blocking.
-    fn named_in(&self, root: &RootKey) -> Result<HashSet<String>, Error> {
-        let catalog = self.catalog.current();
+    /// The name of every file of an instance, those of tables that are gone, too. Blocking.
+    fn named(&self) -> Result<HashSet<String>, Error> {
         let mut named = HashSet::new();
         for id in self.buffer.published()? {
-            // Of a table that is gone, too.
             let manifest = match self.buffer.record(&id)? {
                 Some(record) if !record.manifest.is_empty() => Manifest::decode(&record.manifest)?,
                 _ => continue,
             };
-            let of_table = catalog.table_by_id(id.table).map(|table| &table.location);
-            let location = manifest.placed.as_ref().map(|placed| &placed.location).or(of_table);
-            if location.is_none_or(|location| RootKey::of(location) == *root) {
-                named.extend(manifest.files.into_iter().map(|file| file.path));
-            }
+            named.extend(manifest.files.iter().map(|file| file_name(&file.path).to_owned()));
         }
         Ok(named)
     }
@@ -139,8 +135,8 @@ impl Engine {
         // Before the proof: whatever another owner writes after it is younger.
         let until_us = now_us().saturating_sub(after_us);
         tokio::time::timeout(PATIENCE, self.prove_ownership(root)).await??;
-        let (reading, of) = (Arc::clone(self), root.clone());
-        let named = tokio::task::spawn_blocking(move || reading.named_in(&of)).await??;
+        let reading = Arc::clone(self);
+        let named = tokio::task::spawn_blocking(move || reading.named()).await??;
         let catalog = self.catalog.current();
         let places = Places::of(&catalog, root);
         let store = self.storages.store(&catalog, root)?;
@@ -155,12 +151,20 @@ impl Engine {
                 let stored_us = found.last_modified.timestamp_micros();
                 let made_us = paths::data_file_made_us(&found.location).or(is_outside.then_some(stored_us));
                 let made_us = made_us.filter(|made| (since_us..=until_us).contains(made));
-                if made_us.is_none() || stored_us > until_us || named.contains(found.location.as_ref()) {
+                if made_us.is_none() || stored_us > until_us || named.contains(file_name(found.location.as_ref())) {
                     continue;
                 }
                 let Some((id, table)) = places.instance(before, &found.location) else { continue };
-                if self.remove_orphan(root, &id, table, &found.location, found.size).await? {
-                    removed += 1;
+                match self.remove_orphan(root, &id, table, &found.location, found.size).await {
+                    Ok(is_gone) => removed += u64::from(is_gone),
+                    // Others may go all the same.
+                    Err(error) => {
+                        tracing::warn!(
+                            object_path = %found.location,
+                            error = %Chain(error.as_ref()),
+                            "cannot remove a file that nobody needs"
+                        );
+                    }
                 }
             }
         }
@@ -185,8 +189,9 @@ impl Engine {
         let outcome = self.remove(root, path.as_ref()).await;
         job.add(0, bytes);
         job.end(&outcome);
+        outcome?;
         tracing::info!(object_path = %path, "removed a file that nobody needs");
-        Ok(outcome.map(|()| true)?)
+        Ok(true)
     }
 }
 

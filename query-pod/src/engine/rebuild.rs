@@ -2,7 +2,8 @@
 //!
 //! A volume that takes an instance over from a lost one notes so before anything else. From then on each storage of the
 //! catalog is read back before anything that lies there is read, written or flushed; one that does not answer holds up
-//! only its own users. The streams of all former processes are ended first, so that what is read is all there will be.
+//! only its own users. Users who may have been in any storage wait for those that the home store knows to be used. The
+//! streams of all former processes are ended first, so that what is read is all there will be.
 //!
 //! Two passes: first the manifests, which say up to which `_seq` rows are in files, then the rows above that. Doing it
 //! again after a crash changes nothing.
@@ -11,7 +12,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kalamdb_model::{Catalog, Generation, InstanceId, Location, Owner, TableEntry};
+use kalamdb_model::{Catalog, Generation, InstanceId, Location, Owner, TableEntry, TableKind};
 use kalamdb_table_store::checkpoint::{self, Checkpoint};
 use kalamdb_table_store::manifest::{self, Edit, Manifest, Placed};
 use kalamdb_table_store::stream::{self, Round};
@@ -23,6 +24,7 @@ use super::begin::BeginError;
 use super::instance::View;
 use super::publish::is_published;
 use super::{Engine, RootKey, now_us};
+use crate::catalog::Snapshot;
 use crate::crash;
 
 /// How long a statement waits for the storage of its table to be read back.
@@ -38,10 +40,21 @@ enum Left {
     /// Nothing: as ever on a volume that has lost nothing.
     #[default]
     Nothing,
-    /// Everything that the first catalog will name.
-    Everything,
+    /// Everything that the first catalog will name; only roots of these names are known to be used. `None`: all may be.
+    Everything(Option<BTreeSet<String>>),
     /// These roots.
-    Roots(BTreeSet<RootKey>),
+    Roots {
+        /// Something of this instance is there.
+        used: BTreeSet<RootKey>,
+        /// Nothing is known to be there. Only who finds his table there waits for them.
+        others: BTreeSet<RootKey>,
+    },
+}
+
+impl Left {
+    fn of(used: BTreeSet<RootKey>, others: BTreeSet<RootKey>) -> Self {
+        if used.is_empty() && others.is_empty() { Self::Nothing } else { Self::Roots { used, others } }
+    }
 }
 
 /// The storage of a table is being read back.
@@ -59,7 +72,8 @@ impl Rebuild {
     pub(super) fn open(buffer: WriteBuffer) -> Result<Self, ReadError> {
         let stored = buffer.state_get(STATE)?;
         // What cannot be read was written by nobody: better read everything back than too little.
-        let left = stored.map(|text| serde_json::from_slice(&text).unwrap_or(Left::Everything)).unwrap_or_default();
+        let read = |text: Vec<u8>| serde_json::from_slice(&text).unwrap_or(Left::Everything(None));
+        let left = stored.map(read).unwrap_or_default();
         Ok(Self { buffer, left: Mutex::new(left) })
     }
 
@@ -84,62 +98,69 @@ struct Source {
 }
 
 impl Engine {
-    /// Takes note that this volume is new, and its instance is not.
+    /// Takes note that this volume is new, and its instance is not; `used` is what the home store knows to be used.
     ///
     /// # Errors
     /// If the write buffer does not write.
-    pub fn expect_rebuild(&self) -> Result<(), ReadError> {
+    pub fn expect_rebuild(&self, used: BTreeSet<String>) -> Result<(), ReadError> {
         let mut left = self.rebuild.left.lock();
-        self.rebuild.set(&mut left, Left::Everything)
+        self.rebuild.set(&mut left, Left::Everything(Some(used)))
     }
 
     /// Settles what has to be read back before the first catalog is served.
     pub(super) fn plan_rebuild(&self, catalog: &Catalog) -> Result<(), ReadError> {
         let mut left = self.rebuild.left.lock();
-        if *left != Left::Everything {
-            return Ok(());
+        let Left::Everything(names) = &*left else { return Ok(()) };
+        let (mut used, mut others) = (BTreeSet::new(), BTreeSet::new());
+        for (storage, entry) in &catalog.storages {
+            for (number, found) in &entry.roots {
+                let root = RootKey { storage: storage.clone(), root: *number };
+                let name = root.used_name(&found.identity());
+                let is_used = names.as_ref().is_none_or(|names| names.contains(&name));
+                _ = if is_used { used.insert(root) } else { others.insert(root) };
+            }
         }
-        let roots = catalog.storages.iter().flat_map(|(storage, entry)| {
-            entry.roots.keys().map(|root| RootKey { storage: storage.clone(), root: *root })
-        });
-        let roots: BTreeSet<RootKey> = roots.collect();
-        let next = if roots.is_empty() { Left::Nothing } else { Left::Roots(roots) };
-        self.rebuild.set(&mut left, next)?;
+        self.rebuild.set(&mut left, Left::of(used, others))?;
         crash::point("rebuild.planned");
         Ok(())
     }
 
-    /// Roots that are not read back yet.
+    /// Roots with something of this instance that are not read back yet.
     pub(super) fn not_rebuilt(&self) -> BTreeSet<RootKey> {
         match &*self.rebuild.left.lock() {
-            Left::Roots(roots) => roots.clone(),
-            Left::Nothing | Left::Everything => BTreeSet::new(),
+            Left::Roots { used, .. } => used.clone(),
+            Left::Nothing | Left::Everything(_) => BTreeSet::new(),
         }
     }
 
-    /// Whether anything has still to be read back.
+    /// Whether anything has still to be read back, as far as is known.
     #[must_use]
     pub fn is_rebuilding(&self) -> bool {
-        *self.rebuild.left.lock() != Left::Nothing
+        match &*self.rebuild.left.lock() {
+            Left::Nothing => false,
+            Left::Everything(_) => true,
+            Left::Roots { used, .. } => !used.is_empty(),
+        }
     }
 
     pub(super) fn is_rebuilt(&self, root: &RootKey) -> bool {
         match &*self.rebuild.left.lock() {
             Left::Nothing => true,
-            Left::Everything => false,
-            Left::Roots(roots) => !roots.contains(root),
+            Left::Everything(_) => false,
+            Left::Roots { used, others } => !used.contains(root) && !others.contains(root),
         }
     }
 
-    /// Waits a little until all that may have rows of `owner` in `table` is read back: the storage of the table, and every
-    /// other one if users have storages of their own.
+    /// Waits a little until all that may have rows of `owner` in `table` is read back: the storage of the table, and if
+    /// users have storages of their own, his, and every other one that was used.
     pub(super) async fn check_rebuilt(self: &Arc<Self>, table: &TableEntry, owner: &Owner) -> Result<(), Rebuilding> {
-        if !self.is_rebuilding() {
+        if *self.rebuild.left.lock() == Left::Nothing {
             return Ok(());
         }
-        let of_table = RootKey::of(&table.location);
-        let mut roots = BTreeSet::from([of_table]);
+        let mut roots = BTreeSet::from([RootKey::of(&table.location)]);
         if matches!(owner, Owner::User(_)) && self.users.any() {
+            let own = self.wanted_place(&self.catalog.current(), table, owner);
+            roots.extend(own.ok().map(|place| RootKey::of(&place)));
             roots.extend(self.not_rebuilt());
         }
         for root in roots {
@@ -164,10 +185,9 @@ impl Engine {
             tracing::warn!(storage = %root, "this storage lay on the disk that was lost; its rows are gone");
             return Ok(self.note_rebuilt(root)?);
         }
-        // Before the first fence: the next start must know us by it.
-        self.shippers.note(root, &self.shippers.incarnation, 1)?;
         let source = self.end_all(store).await?;
         crash::point("rebuild.ended");
+        let catalog = self.catalog.current();
         let mut views: HashMap<InstanceId, View> = HashMap::new();
         let mut last_us = 0;
         let mut replay = source.replay(store);
@@ -175,7 +195,8 @@ impl Engine {
             last_us = last_us.max(at_us);
             let told = round.edits.iter().map(|edit| &edit.instance);
             told.chain(round.rows.iter().map(|block| &block.instance)).for_each(|id| self.begun(&mut views, root, id));
-            round.edits.iter().for_each(|edit| bring(&mut views, edit));
+            let edits = round.edits.iter().filter(|edit| self.may_be_in(&catalog, root, &edit.instance));
+            edits.for_each(|edit| bring(&mut views, edit));
         }
         // Who has left has all his rows in files, elsewhere.
         let has_left = |view: &View| {
@@ -191,7 +212,8 @@ impl Engine {
         let mut rows = 0;
         let mut replay = source.replay(store);
         while let Some((_, round)) = replay.next().await? {
-            let blocks = round.rows.into_iter().filter(|block| !left.contains(&block.instance));
+            let is_here = |id: &InstanceId| !left.contains(id) && self.may_be_in(&catalog, root, id);
+            let blocks = round.rows.into_iter().filter(|block| is_here(&block.instance));
             rows += self.restore_all(blocks.collect()).await?;
             crash::point("rebuild.restored");
         }
@@ -210,11 +232,15 @@ impl Engine {
         Ok(())
     }
 
-    fn note_rebuilt(&self, root: &RootKey) -> Result<(), ReadError> {
+    /// Takes note that nothing is left to be read back at the place of `root`.
+    pub(super) fn note_rebuilt(&self, root: &RootKey) -> Result<(), ReadError> {
+        let catalog = self.catalog.current();
         let mut left = self.rebuild.left.lock();
-        let Left::Roots(roots) = &*left else { return Ok(()) };
-        let roots: BTreeSet<RootKey> = roots.iter().filter(|other| *other != root).cloned().collect();
-        let next = if roots.is_empty() { Left::Nothing } else { Left::Roots(roots) };
+        let Left::Roots { used, others } = &*left else { return Ok(()) };
+        let but_it = |roots: &BTreeSet<RootKey>| -> BTreeSet<RootKey> {
+            roots.iter().filter(|other| !self.storages.share_place(&catalog, root, other)).cloned().collect()
+        };
+        let next = Left::of(but_it(used), but_it(others));
         self.rebuild.set(&mut left, next)
     }
 
@@ -266,11 +292,20 @@ impl Engine {
         }
     }
 
+    /// Whether anything of `id` can be in `root`: of its table, or of users who have, or had, storages of their own.
+    fn may_be_in(&self, catalog: &Snapshot, root: &RootKey, id: &InstanceId) -> bool {
+        catalog.table_by_id(id.table).is_none_or(|table| {
+            let of_users = table.kind == TableKind::User && table.had_user_storage;
+            of_users || self.storages.share_place(catalog, root, &RootKey::of(&table.location))
+        })
+    }
+
     /// What is heard of first in another storage than its table's began there.
     fn begun(&self, views: &mut HashMap<InstanceId, View>, root: &RootKey, id: &InstanceId) {
         let catalog = self.catalog.current();
         let Some(table) = catalog.table_by_id(id.table) else { return };
-        if views.contains_key(id) || RootKey::of(&table.location) == *root {
+        let is_of_table = self.storages.share_place(&catalog, root, &RootKey::of(&table.location));
+        if views.contains_key(id) || is_of_table || !self.may_be_in(&catalog, root, id) {
             return;
         }
         if let Some(location) = catalog.catalog.place_in(&root.storage, table) {
@@ -382,8 +417,15 @@ mod tests {
         let (key, text) = super::super::tests::stored_note(STATE);
         assert_eq!(key, STATE);
         let left: Left = serde_json::from_str(text).unwrap();
-        assert!(matches!(&left, Left::Roots(roots) if roots.len() == 1), "{left:?}");
+        assert!(matches!(&left, Left::Roots { used, others } if (used.len(), others.len()) == (1, 1)), "{left:?}");
         assert_eq!(serde_json::to_string(&left).unwrap(), text);
-        assert_eq!(serde_json::to_string(&Left::Everything).unwrap(), "\"Everything\"");
+        let names = BTreeSet::from(["eu.1/file://eu".to_owned()]);
+        for (left, text) in [
+            (Left::Everything(Some(names)), r#"{"Everything":["eu.1/file://eu"]}"#),
+            (Left::Everything(None), r#"{"Everything":null}"#),
+        ] {
+            assert_eq!(serde_json::to_string(&left).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Left>(text).unwrap(), left);
+        }
     }
 }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kalamdb_model::InstanceId;
+use kalamdb_model::{InstanceId, TableEntry};
 use kalamdb_write_buffer::{Applied, Counters};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
 use super::ship::Backoff;
 use super::{Engine, RootKey, now_us};
+use crate::catalog::Snapshot;
 use crate::error::Chain;
 
 /// How often every dirty instance is looked at: a flush by rows starts within this, one by age too. Waking at each
@@ -27,10 +28,14 @@ pub(super) struct Schedule {
     bytes: AtomicU64,
     /// Of those whose table is in no catalog any more.
     gone_bytes: AtomicU64,
+    /// Of those in each storage, as of the last look, and what was taken in since then.
+    of_roots: Mutex<HashMap<RootKey, u64>>,
     wake: Notify,
 }
 
 struct Dirty {
+    /// Where its rows go, once that was looked up. It changes only while there are none.
+    root: Option<RootKey>,
     rows: u64,
     /// Of the rows that the next flush takes, and of those that one under way has taken.
     bytes: u64,
@@ -45,6 +50,7 @@ struct Dirty {
 impl Dirty {
     fn new() -> Self {
         Self {
+            root: None,
             rows: 0,
             bytes: 0,
             frozen_bytes: 0,
@@ -80,6 +86,16 @@ impl Schedule {
         self.bytes.load(Ordering::Acquire).saturating_sub(self.gone_bytes.load(Ordering::Acquire))
     }
 
+    /// Bytes of the unflushed rows that go to `root`.
+    pub(super) fn bytes_of(&self, root: &RootKey) -> u64 {
+        self.of_roots.lock().get(root).copied().unwrap_or(0)
+    }
+
+    /// Takes note of rows for `root` that are about to come.
+    pub(super) fn note_coming(&self, root: &RootKey, bytes: u64) {
+        *self.of_roots.lock().entry(root.clone()).or_default() += bytes;
+    }
+
     /// Instances that have any.
     pub(super) fn len(&self) -> usize {
         self.dirty.lock().len()
@@ -107,11 +123,29 @@ impl Schedule {
         self.dirty.lock().keys().filter(|id| matches(id)).cloned().collect()
     }
 
+    /// Sums up what goes to each storage.
+    fn count_roots(&self, engine: &Engine, snapshot: &Snapshot, dirty: &mut HashMap<InstanceId, Dirty>) {
+        let mut of_roots: HashMap<RootKey, u64> = HashMap::new();
+        for (id, entry) in dirty.iter_mut() {
+            if entry.root.is_none() {
+                entry.root = snapshot.table_by_id(id.table).and_then(|table| engine.root_of(id, table));
+            }
+            if let Some(root) = &entry.root {
+                match of_roots.get_mut(root) {
+                    Some(all) => *all += entry.bytes + entry.frozen_bytes,
+                    None => _ = of_roots.insert(root.clone(), entry.bytes + entry.frozen_bytes),
+                }
+            }
+        }
+        *self.of_roots.lock() = of_roots;
+    }
+
     fn take_due(&self, engine: &Engine) -> Vec<InstanceId> {
         let snapshot = engine.catalog.current();
         let (now, clock) = (Instant::now(), now_us());
         let mut due = Vec::new();
         let mut dirty = self.dirty.lock();
+        self.count_roots(engine, &snapshot, &mut dirty);
         for (id, entry) in dirty.iter_mut() {
             if entry.flushing || entry.not_before.is_some_and(|time| now < time) {
                 continue;
@@ -215,6 +249,14 @@ async fn flush_one(engine: Arc<Engine>, id: InstanceId, slot: Arc<Semaphore>) {
 }
 
 impl Engine {
+    /// Where the rows of `id` go, without loading it if they can only go where its table's do. `None` if it does not load.
+    fn root_of(&self, id: &InstanceId, table: &TableEntry) -> Option<RootKey> {
+        if self.moves.may_be_elsewhere(id) {
+            return self.instances.get(id).ok().map(|instance| instance.root(table));
+        }
+        Some(RootKey::of(&table.location))
+    }
+
     /// Flushes the instances of which `matches` holds, all that are dirty now, and returns how many rows went into files.
     ///
     /// # Errors
@@ -235,6 +277,9 @@ impl Engine {
                     engine.schedule.done(&engine, &id, true);
                     engine.describe(&id, true).await;
                     engine.compact_soon(&id);
+                } else {
+                    // What it has frozen is counted by no policy any more.
+                    engine.schedule.urge(&id);
                 }
                 outcome
             });

@@ -66,6 +66,9 @@ pub enum ShipError {
     /// The edit cannot be committed at all.
     #[error("the commit was refused")]
     Refused(#[source] Arc<StreamError>),
+    /// Another storage is the same place in other words, and has its stream there. Nothing was written.
+    #[error("storage `{0}` lies at the same place as another one; declare another bucket or prefix")]
+    Shared(RootKey),
     /// So many bytes wait for the storage already. Nothing was written.
     #[error("more than {STATEMENTS_BYTES_MAX} bytes of rows wait for the storage")]
     Waiting,
@@ -80,6 +83,8 @@ pub enum ShipError {
     Buffer(#[from] ReadError),
 }
 
+/// The number of the first object of a stream.
+pub(super) const FIRST_SEQ: u64 = 1;
 /// Most edits that wait for a round of one storage; flushes wait beyond it.
 const QUEUE_MAX: usize = 1_024;
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
@@ -252,6 +257,8 @@ pub(super) struct Shippers {
     /// A storage that is declared anew elsewhere is another; one that comes back is the one that it was: a process has
     /// one stream in each place.
     running: Mutex<HashMap<(RootKey, String), Running>>,
+    /// Those that are open, or about to be: no other one may begin at the place of one of them.
+    placed: Mutex<HashSet<(RootKey, String)>>,
     /// Streams that may hold rows which are not applied.
     stored_first: Mutex<HashSet<RootKey>>,
 }
@@ -270,7 +277,8 @@ impl Shippers {
         let incarnation = next_incarnation(names.max().as_deref());
         let noted = buffer.state_scan(STORED_FIRST)?;
         let stored_first = noted.iter().filter_map(|(key, _)| root_of(key.strip_prefix(STORED_FIRST)?)).collect();
-        Ok(Self { buffer, incarnation, running: Mutex::default(), stored_first: Mutex::new(stored_first) })
+        let (running, placed) = (Mutex::default(), Mutex::default());
+        Ok(Self { buffer, incarnation, running, placed, stored_first: Mutex::new(stored_first) })
     }
 
     /// Whether rows may be in the stream of `root` that are not applied here.
@@ -454,14 +462,21 @@ impl Engine {
         Ok(new)
     }
 
-    /// Another storage that lies at the same place as `root`, and has its stream open.
-    pub(super) fn shares_place(&self, root: &RootKey) -> Option<RootKey> {
+    /// Takes the place of `place` for its stream, or tells which other root has its own there, or is about to.
+    pub(super) fn take_place(&self, place: &Place) -> Result<(), RootKey> {
         let catalog = self.catalog.current();
-        let place = self.storages.place(&catalog, root)?;
-        let running = self.shippers.running.lock();
-        let open = running.iter().filter(|((other, _), it)| other != root && it.open.load(Ordering::Acquire));
-        let mut others = open.map(|((other, _), _)| other);
-        others.find(|other| self.storages.place(&catalog, other).as_ref() == Some(&place)).cloned()
+        let mut placed = self.shippers.placed.lock();
+        let mut others = placed.iter().map(|(root, _)| root).filter(|root| **root != place.root);
+        if let Some(other) = others.find(|other| self.storages.share_place(&catalog, &place.root, other)) {
+            return Err(other.clone());
+        }
+        placed.insert((place.root.clone(), place.identity.clone()));
+        Ok(())
+    }
+
+    /// The stream of `place` is not begun.
+    pub(super) fn leave_place(&self, place: &Place) {
+        self.shippers.placed.lock().remove(&(place.root.clone(), place.identity.clone()));
     }
 
     /// Whether all that former processes stored in `root` is applied.
@@ -492,7 +507,7 @@ impl Engine {
 /// A root where it lay when its stream was begun.
 pub(super) struct Place {
     pub(super) root: RootKey,
-    identity: String,
+    pub(super) identity: String,
 }
 
 impl Place {
@@ -515,23 +530,38 @@ async fn run(
     unshipped: Arc<Unshipped>,
     open: Arc<AtomicBool>,
 ) {
-    let root = &place.root;
-    let Ok(mut stream) = begin::open(&engine, &place).await else { return };
-    let mut checkpoints = Checkpoints::new(Arc::clone(&engine), root.clone());
-    // Before the first checkpoint: who looks for processes looks for their streams.
-    if engine.storages.ships_rows(&engine.catalog.current(), root)
-        && append_nothing(&engine, &place, &mut stream).await.is_err()
-    {
-        return;
+    while let Ok(stream) = begin::open(&engine, &place).await {
+        open.store(true, Ordering::Release);
+        let ended = commit_rounds(&engine, &place, stream, &mut queue, &unshipped).await;
+        if !matches!(ended, Err(ShipError::Shared(_))) {
+            return;
+        }
+        open.store(false, Ordering::Release);
+        // The objects there are of the other one's stream: the next process must not take them for those of this one.
+        if let Err(error) = engine.shippers.forget(&place.root, &engine.shippers.incarnation) {
+            tracing::warn!(storage = %place.root, error = %Chain(&error), "cannot forget a commit stream");
+        }
+        engine.leave_place(&place);
     }
+}
+
+/// Commits what comes until the engine stops. Fails when there can be no further round.
+async fn commit_rounds(
+    engine: &Arc<Engine>,
+    place: &Place,
+    mut stream: StreamWriter,
+    queue: &mut mpsc::Receiver<Request>,
+    unshipped: &Unshipped,
+) -> Result<(), ShipError> {
+    let root = &place.root;
+    let mut checkpoints = Checkpoints::new(Arc::clone(engine), root.clone());
     checkpoints.start(stream.next_seq());
-    open.store(true, Ordering::Release);
     loop {
         let first = tokio::select! {
             biased;
             // First: statements that never stop coming must not keep it from the next one. It is seldom.
             () = checkpoints.due() => None,
-            request = queue.recv() => match request { Some(request) => Some(request), None => return },
+            request = queue.recv() => match request { Some(request) => Some(request), None => return Ok(()) },
             () = unshipped.due() => None,
             () = engine.stop.cancelled() => break,
         };
@@ -542,30 +572,27 @@ async fn run(
             bytes += more.size();
             requests.push(more);
         }
-        if round(&engine, &place, &mut stream, &unshipped, requests, &mut checkpoints).await.is_err() {
-            return;
-        }
+        round(engine, place, &mut stream, unshipped, requests, &mut checkpoints).await?;
         if unshipped.take_overflow() {
             checkpoints.want();
         }
         // Between two rounds: everything before the next object is in the views and the buffer.
         if checkpoints.is_due() {
             // What is left of the part that goes is its last object.
-            if append_nothing(&engine, &place, &mut stream).await.is_err() {
-                return;
-            }
+            append_nothing(engine, place, &mut stream).await?;
             checkpoints.start(stream.next_seq());
         }
     }
     let last = async {
         while unshipped.bytes() > 0 {
-            round(&engine, &place, &mut stream, &unshipped, Vec::new(), &mut checkpoints).await?;
+            round(engine, place, &mut stream, unshipped, Vec::new(), &mut checkpoints).await?;
         }
         Ok::<_, ShipError>(())
     };
     if !matches!(tokio::time::timeout(LAST_WAIT, last).await, Ok(Ok(()))) {
         tracing::warn!(storage = %root, "stopping although the storage does not have the last rows; they are on this disk");
     }
+    Ok(())
 }
 
 /// A statement on its way through a round.
@@ -615,7 +642,8 @@ async fn round(
         unshipped.note_loss();
         let told = statements.into_iter().map(|statement| statement.done).chain(waiting);
         told.for_each(|done| _ = done.send(Err(error.clone())));
-        return if matches!(error, ShipError::Stopping | ShipError::Disowned(_)) { Err(error) } else { Ok(()) };
+        let ends = matches!(error, ShipError::Stopping | ShipError::Disowned(_) | ShipError::Shared(_));
+        return if ends { Err(error) } else { Ok(()) };
     }
     if edits.iter().any(|edit| edit.placed.as_ref().is_some_and(|placed| RootKey::of(&placed.location) != *root)) {
         // What the stream has of those who have left has to go.
@@ -646,7 +674,11 @@ async fn round(
 }
 
 /// Stores an object that tells of nobody.
-async fn append_nothing(engine: &Arc<Engine>, place: &Place, stream: &mut StreamWriter) -> Result<(), ShipError> {
+pub(super) async fn append_nothing(
+    engine: &Arc<Engine>,
+    place: &Place,
+    stream: &mut StreamWriter,
+) -> Result<(), ShipError> {
     append(engine, place, stream, Arc::default()).await?;
     // Before anything is deleted: the next process would take what is missing from here on for a gap.
     note_position(engine, &place.root, stream);
@@ -735,6 +767,10 @@ async fn append(
     loop {
         match stream.append(&round).await {
             Ok(_) => return Ok(()),
+            // Only this process has the name. A stream that has begun can only be met by a copy of the process.
+            Err(StreamError::Foreign { .. }) if stream.next_seq() == FIRST_SEQ => {
+                return Err(ShipError::Shared(place.root.clone()));
+            }
             Err(error @ (StreamError::Fenced { .. } | StreamError::Foreign { .. })) => {
                 tracing::error!(storage = %place.root, error = %Chain(&error), "the commit stream was ended");
                 return Err(engine.disown(Disowned::Fenced).into());

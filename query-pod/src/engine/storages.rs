@@ -33,6 +33,11 @@ impl RootKey {
     pub fn of(location: &Location) -> Self {
         Self { storage: location.storage.clone(), root: location.root }
     }
+
+    /// What the home store knows it by while it lies where `identity` says: it may be declared anew elsewhere.
+    pub(super) fn used_name(&self, identity: &str) -> String {
+        format!("{self}/{identity}")
+    }
 }
 
 impl std::fmt::Display for RootKey {
@@ -168,7 +173,12 @@ impl Storages {
     pub(super) fn place(&self, snapshot: &Snapshot, key: &RootKey) -> Option<Arc<str>> {
         let entry = snapshot.catalog.storages.get(&key.storage)?;
         let (holder, path) = entry.roots.get(&key.root)?.place();
-        Some(format!("{holder}/{}", path.trim_matches('/')).into())
+        Some(format!("{holder}/{}", path.trim_end_matches('/')).into())
+    }
+
+    /// Whether both lie at one place.
+    pub(super) fn share_place(&self, snapshot: &Snapshot, one: &RootKey, other: &RootKey) -> bool {
+        one == other || self.place(snapshot, one).is_some_and(|place| self.place(snapshot, other) == Some(place))
     }
 
     /// What says that a store is another than before, however it is reached; `None` if it is not known.

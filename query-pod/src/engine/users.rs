@@ -119,6 +119,11 @@ impl KnownUsers {
         Ok(())
     }
 
+    /// The home store, once it is known.
+    pub(super) fn home(&self) -> Option<&Arc<dyn ObjectStore>> {
+        self.home.get()
+    }
+
     /// Whether any user ever had a storage of his own. While that is not known: yes.
     pub(super) fn any(&self) -> bool {
         self.known.read().as_ref().is_none_or(|users| !users.users.is_empty())
@@ -189,6 +194,7 @@ impl Engine {
         crash::point("user.logged");
         self.users.keep(users)?;
         crash::point("user.noted");
+        self.moves.wake_user(&id);
         self.moves.look_at_user(&self.catalog.current(), &id);
         Ok(())
     }

@@ -59,6 +59,18 @@ pub enum WriteError {
         /// The limit.
         limit: u64,
     },
+    /// The rows of one storage take their part of the buffers of all.
+    #[error(
+        "the unflushed rows for storage `{root}` take {bytes} bytes, and at most {limit} are buffered for one storage"
+    )]
+    StorageFull {
+        /// The storage.
+        root: RootKey,
+        /// What is buffered for it.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// The data is another's now.
     #[error(transparent)]
     Disowned(#[from] Disowned),
@@ -200,6 +212,10 @@ impl Engine {
         hold: Hold,
     ) -> Result<Writing, WriteError> {
         self.check_owned()?;
+        // The hold may have been waited for behind a move whose commit was not answered.
+        if self.moves.is_pending(&instance.id) {
+            return Err(WriteError::Settle(Box::new(FlushError::Waiting)));
+        }
         let (engine, table) = (Arc::clone(self), Arc::clone(table));
         Ok(Writing { engine, table, instance, known: HashMap::new(), _hold: hold })
     }
@@ -307,10 +323,10 @@ impl Writing {
         };
         let rows: Vec<EncodedRow> = put.into_iter().chain(deleted).map(encoded).collect();
         let engine = &self.engine;
-        let _room = engine.take_room(&self.instance, &rows)?;
-        self.note_replaced(&rows);
         // The hold keeps it from moving.
         let (root, id) = (self.instance.root(&self.table), self.instance.id.clone());
+        let _room = engine.take_room(&self.instance, &root, &rows)?;
+        self.note_replaced(&rows);
         let stamps = if self.instance.stores_first.load(Ordering::Relaxed) {
             engine.ship_rows(&root, id, rows).await?
         } else {
@@ -354,7 +370,12 @@ impl Drop for Room<'_> {
 impl Engine {
     /// Takes room for `rows` in the instance's buffer until they are in it or refused. A frozen generation, on its way
     /// into a file, may be as large again.
-    fn take_room<'a>(&self, instance: &'a Instance, rows: &[EncodedRow]) -> Result<Room<'a>, WriteError> {
+    fn take_room<'a>(
+        &self,
+        instance: &'a Instance,
+        root: &RootKey,
+        rows: &[EncodedRow],
+    ) -> Result<Room<'a>, WriteError> {
         let bytes = rows.iter().map(|row| (row.key.len() + row.value.len()) as u64).sum();
         let room = Room { instance, bytes };
         let incoming = instance.incoming.fetch_add(bytes, Ordering::AcqRel);
@@ -362,13 +383,27 @@ impl Engine {
         if of_all > 0 && of_all + bytes > all_max {
             return Err(WriteError::PodFull { bytes: of_all, limit: all_max });
         }
+        // A storage that is down would fill the room of all: half of it is left to the others, if there are any.
+        let (of_root, root_max) = (self.schedule.bytes_of(root), all_max / 2);
+        if of_root > 0 && of_root + bytes > root_max && self.has_other_storages(root) {
+            return Err(WriteError::StorageFull { root: root.clone(), bytes: of_root, limit: root_max });
+        }
         let (buffered, limit) = (self.buffer.counters(&instance.id)?.bytes, self.limits.instance_bytes_max);
         // One statement may always pass an empty buffer: its own size is bounded.
         if buffered + incoming == 0 || buffered + incoming + bytes <= limit {
+            self.schedule.note_coming(root, bytes);
             return Ok(room);
         }
         self.schedule.urge(&instance.id);
         Err(WriteError::BufferFull { bytes: buffered, limit })
+    }
+
+    /// Whether rows may go to another storage than that of `root`, too.
+    fn has_other_storages(&self, root: &RootKey) -> bool {
+        let catalog = self.catalog.current();
+        let several = catalog.catalog.storages.len() > 1;
+        let mut tables = catalog.catalog.tables.values();
+        tables.any(|table| table.location.storage != root.storage || (table.use_user_storage && several))
     }
 }
 

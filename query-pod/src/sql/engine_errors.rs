@@ -16,7 +16,7 @@ pub(super) fn of_write(error: WriteError, key: impl Fn(usize) -> String) -> ApiE
             "BUFFER_FULL",
             format!("the unflushed rows of this table take {bytes} bytes, and at most {limit} are buffered; try again"),
         ),
-        error @ WriteError::PodFull { .. } => {
+        error @ (WriteError::PodFull { .. } | WriteError::StorageFull { .. }) => {
             ApiError::unavailable("BUFFER_FULL", format!("{error}; nothing was written, try again"))
         }
         WriteError::Disowned(_) => not_owner(),
@@ -60,6 +60,9 @@ fn of_ship(error: ShipError) -> ApiError {
             "the storage of the table takes no rows at the moment; nothing was written, send the request again",
         ),
         ShipError::Storage(error) => of_storage(&error),
+        error @ ShipError::Shared(_) => {
+            ApiError::unavailable("STORAGE_UNAVAILABLE", format!("{error}; nothing was written"))
+        }
         ShipError::Stopping | ShipError::Unapplied(_) => outcome_unknown(),
         error @ (ShipError::Refused(_) | ShipError::Row(_) | ShipError::Buffer(_)) => ApiError::internal(&error),
     }

@@ -50,8 +50,7 @@ impl Pinned {
 /// # Errors
 /// If anything cannot be read or does not fit; if this session has read before.
 pub(super) async fn pin(state: &SessionState, pool: &Arc<dyn MemoryPool>, plan: &LogicalPlan) -> Result<usize> {
-    let (engine, asked) = asked_by(state, plan)?;
-    let Some(engine) = engine else { return Ok(BATCH_ROWS) };
+    let Some((engine, asked)) = asked_by(state, plan)? else { return Ok(BATCH_ROWS) };
     let (mut wants, mut tables) = (BTreeMap::new(), BTreeMap::new());
     for (id, asked) in asked {
         tables.insert(id.clone(), Arc::clone(&asked.table));
@@ -87,9 +86,12 @@ struct Asked {
     fetch: Option<usize>,
 }
 
-fn asked_by(state: &SessionState, plan: &LogicalPlan) -> Result<(Option<Arc<Engine>>, BTreeMap<InstanceId, Asked>)> {
+type Asks = BTreeMap<InstanceId, Asked>;
+
+/// The engine of the tables that `plan` scans, and what it asks of each instance; nothing without such a table.
+fn asked_by(state: &SessionState, plan: &LogicalPlan) -> Result<Option<(Arc<Engine>, Asks)>> {
     let mut engine = None;
-    let mut all: BTreeMap<InstanceId, Asked> = BTreeMap::new();
+    let mut all = Asks::new();
     plan.apply_with_subqueries(|plan| {
         if let LogicalPlan::TableScan(scan) = plan {
             let provider = source_as_provider(&scan.source)?;
@@ -101,7 +103,7 @@ fn asked_by(state: &SessionState, plan: &LogicalPlan) -> Result<(Option<Arc<Engi
         }
         Ok(TreeNodeRecursion::Continue)
     })?;
-    Ok((engine, all))
+    Ok(engine.map(|engine| (engine, all)))
 }
 
 impl Asked {

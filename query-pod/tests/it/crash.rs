@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use kalamdb_model::{Catalog, OnRemoval, compile};
 use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::crash::{
-    BEGIN_POINTS, CATALOG_POINTS, CHECKPOINT_POINTS, COMMIT_POINTS, GARBAGE_POINTS, REBUILD_POINTS,
+    BEGIN_POINTS, CATALOG_POINTS, CHECKPOINT_POINTS, COMMIT_POINTS, GARBAGE_POINTS, HOLD_POINTS, REBUILD_POINTS,
 };
 use kalamdb_query_pod::engine::{Engine, EngineLimits, Secrets, Storages};
 use kalamdb_query_pod::metrics::Metrics;
@@ -192,6 +192,25 @@ async fn a_pod_killed_between_any_two_steps_of_a_commit_has_each_statement_whole
             let later = shown(&pod, table).await?;
             ensure!(later == count, "{what}: {count} of `{table}` at first, {later} in the end");
         }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_killed_while_it_uses_a_storage_for_the_first_time_is_no_stranger_there() -> anyhow::Result<()> {
+    for (point, lost) in HOLD_POINTS.into_iter().flat_map(|point| [(point, false), (point, true)]) {
+        let (mut home, _folders) = cluster().await?;
+        home.env = Home::crash_at(point);
+        let mut pod = home.start().await?;
+        let sql = "INSERT INTO app.first (id, body) VALUES (0, 'never')";
+        let acknowledged = pod.sql("alice", sql, json!([])).await.is_ok_and(|answer| answer.status == 200);
+        ensure!(!acknowledged && !pod.wait().await?.success(), "{point} was not reached");
+        home.env.clear();
+        if lost {
+            lose(&home)?;
+        }
+        work(&home, &[&WRITTEN, &CHANGED]).await?;
+        goes_on(&home).await.with_context(|| format!("{point}, volume lost: {lost}"))?;
     }
     Ok(())
 }

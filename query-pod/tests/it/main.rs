@@ -17,6 +17,7 @@ mod moments;
 mod moves;
 mod names;
 mod outside;
+mod places;
 mod plans;
 mod returning;
 mod sql;

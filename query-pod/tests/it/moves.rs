@@ -18,7 +18,7 @@ use crate::world::{World, contents, insert, message, user};
 use crate::{BINARY, namespace, refusal, rows, storage};
 
 /// A table in the storage `home`, whose users may have others, and two of these.
-fn manifests() -> String {
+pub fn manifests() -> String {
     let table = "
 ---
 apiVersion: kalamdb.org/v1alpha1
@@ -43,7 +43,7 @@ fn stored_first() -> String {
 
 const STORAGES: [&str; 3] = ["home", "eu", "us"];
 
-async fn send(engine: &Arc<Engine>, name: &str, storage: Option<&str>) -> anyhow::Result<()> {
+pub async fn send(engine: &Arc<Engine>, name: &str, storage: Option<&str>) -> anyhow::Result<()> {
     let (storage_mode, storage_id) = match storage {
         Some(storage) => (StorageMode::Region, Some(StorageName::new(storage)?)),
         None => (StorageMode::Table, None),
@@ -52,18 +52,23 @@ async fn send(engine: &Arc<Engine>, name: &str, storage: Option<&str>) -> anyhow
 }
 
 /// Where a reader of `owner`'s rows goes.
-async fn place(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<String> {
+pub async fn place(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner) -> anyhow::Result<String> {
     Ok(engine.read(table, owner, vec![0], None).await?.root.storage.to_string())
 }
 
-async fn arrives(engine: &Arc<Engine>, table: &Arc<TableEntry>, owner: &Owner, storage: &str) -> anyhow::Result<()> {
+pub async fn arrives(
+    engine: &Arc<Engine>,
+    table: &Arc<TableEntry>,
+    owner: &Owner,
+    storage: &str,
+) -> anyhow::Result<()> {
     // A storage that fails may have to be asked more than once.
     let arrived = async || Ok(place(engine, table, owner).await.is_ok_and(|place| place == storage));
     eventually("the rows are in their new storage", arrived).await
 }
 
 /// Every object of the storage `name` with `text` in its path or bytes, footers of Parquet files included.
-async fn holding(world: &World, name: &str, text: &str) -> anyhow::Result<Vec<String>> {
+pub async fn holding(world: &World, name: &str, text: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for (path, bytes) in world.objects(name).await? {
         if path.contains(text) || bytes.windows(text.len()).any(|window| window == text.as_bytes()) {

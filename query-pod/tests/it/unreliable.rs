@@ -474,11 +474,11 @@ async fn turn(
     ensure!(process.engine.disowned().is_none(), "{:?}", process.engine.disowned());
     drop(process);
     if loses_volume {
-        world.lose_volume()
+        drop(world.lose_volume()?);
     } else {
         world.keep_volume();
-        Ok(())
     }
+    Ok(())
 }
 
 /// Everything is there at last, with its volume and without, and everybody gets where he is sent.

@@ -14,7 +14,7 @@ use kalamdb_model::{OnRemoval, Owner, TableEntry, TableName, UserId, Value, comp
 use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::engine::{Engine, EngineLimits, NewRow, RootKey, Secrets, Storages};
 use kalamdb_query_pod::metrics::Metrics;
-use kalamdb_table_store::Positions;
+use kalamdb_table_store::{Positions, owners};
 use kalamdb_test_support::fault_store::{Call, Fault, FaultStore, Rates};
 use kalamdb_test_support::pod::MANIFESTS;
 use kalamdb_write_buffer::row;
@@ -30,6 +30,8 @@ pub struct World {
     /// Storages with these paths, or prefixes, have stores of their own, in folders of `truth`.
     regions: [(&'static str, FaultStore); 3],
     pub buffered_bytes_max: u64,
+    /// The volume that had the instance of KalamDB first: storages know it by that.
+    pub founder: &'static str,
     /// The folder is new, and its instance is not.
     lost: bool,
 }
@@ -47,12 +49,29 @@ impl World {
             (name, FaultStore::seeded(own, seed, rates))
         };
         let regions = ["home", "eu", "us"].map(region);
-        Ok(Self { dir: tempfile::tempdir()?, truth, faults, regions, buffered_bytes_max: 1 << 30, lost: false })
+        let (dir, founder) = (tempfile::tempdir()?, "founder");
+        Ok(Self { dir, truth, faults, regions, buffered_bytes_max: 1 << 30, founder, lost: false })
     }
 
     /// Whether every call to a region fails.
     pub fn set_down(&self, region: &str, down: bool) {
         self.regions.iter().filter(|(name, _)| *name == region).for_each(|(_, faults)| faults.set_down(down));
+    }
+
+    /// The home store, of the instance of KalamDB that is opened next.
+    pub fn home(&self) -> PrefixStore<Arc<dyn ObjectStore>> {
+        PrefixStore::new(Arc::clone(&self.truth), format!("homes/{}", self.founder))
+    }
+
+    /// What happens to the next puts to a region.
+    pub fn script(&self, region: &str, faults: &[Option<Fault>]) {
+        let (_, store) = self.regions.iter().find(|(name, _)| *name == region).expect("a region");
+        store.script(faults.iter().copied());
+    }
+
+    /// No failures by chance or by script any more.
+    pub fn heal(&self) {
+        self.stores().for_each(FaultStore::heal);
     }
 
     fn stores(&self) -> impl Iterator<Item = &FaultStore> {
@@ -99,10 +118,19 @@ impl World {
     }
 
     pub fn open_with(&self, manifests: &str) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
+        self.open_after(&[manifests])
+    }
+
+    /// With what was declared one after the other.
+    pub fn open_after(&self, declared: &[&str]) -> anyhow::Result<(Arc<Engine>, Arc<TableEntry>)> {
         let catalog = CatalogHandle::open(self.dir.path())?;
-        let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), manifests.to_owned())]);
-        let (compiled, outcomes) = compile(&catalog.current().catalog, &folder.declared, OnRemoval::Retain);
-        ensure!(folder.problems.is_empty() && outcomes.iter().all(|o| o.verdict.is_ok()), "{:?}", folder.problems);
+        let mut compiled = catalog.current().catalog.clone();
+        for manifests in declared {
+            let folder = kalamdb_crds::manifests::folder(&[("all.yaml".to_owned(), (*manifests).to_owned())]);
+            let (next, outcomes) = compile(&compiled, &folder.declared, OnRemoval::Retain);
+            ensure!(folder.problems.is_empty() && outcomes.iter().all(|o| o.verdict.is_ok()), "{:?}", folder.problems);
+            compiled = next;
+        }
         if !self.lost {
             catalog.save(&compiled)?;
             catalog.serve(compiled.clone());
@@ -122,22 +150,22 @@ impl World {
             orphans_after_secs: 0,
         };
         let engine = Engine::open(self.dir.path(), catalog.clone(), storages, limits, Arc::new(Metrics::default()))?;
+        engine.set_owner(self.founder)?;
+        engine.follow_users(Arc::new(PrefixStore::new(self.faults.clone(), format!("homes/{}", self.founder))));
         if self.lost {
-            engine.expect_rebuild()?;
+            // Whatever that waits for is not done by this thread.
+            engine.expect_rebuild(futures::executor::block_on(owners::used(&self.home()))?)?;
             engine.serve_catalog(compiled)?;
-        }
-        if manifests.contains("useUserStorage") {
-            engine.follow_users(Arc::new(self.faults.clone()));
         }
         let table = catalog.current().table(&TableName::parse("app.messages")?).context("the table")?.clone();
         Ok((engine, table))
     }
 
-    /// From now on there is another, empty folder; the next process is the first that knows.
-    pub fn lose_volume(&mut self) -> anyhow::Result<()> {
-        self.dir = tempfile::tempdir()?;
+    /// From now on there is another, empty folder; the next process is the first that knows. Returns the one before: a
+    /// process that still runs needs it.
+    pub fn lose_volume(&mut self) -> anyhow::Result<tempfile::TempDir> {
         self.lost = true;
-        Ok(())
+        Ok(std::mem::replace(&mut self.dir, tempfile::tempdir()?))
     }
 
     /// A restart: the folder is the one that the last process had.

@@ -143,6 +143,13 @@ async fn a_stored_claim_of_an_instance_counts() {
 }
 
 #[tokio::test]
+async fn a_stored_holder_of_a_storage_is_known() {
+    let store = memory();
+    store.put(&paths::holder(), sample("holder.json").into()).await.unwrap();
+    assert_eq!(owners::holder(&*store).await.unwrap().as_deref(), Some("01jarz3ndektsv4rrffq69g5fa"));
+}
+
+#[tokio::test]
 async fn a_stored_catalog_log_parses() {
     let store = memory();
     store.put(&paths::catalog_snapshot(64), sample("catalog-snapshot-64.json").into()).await.unwrap();
@@ -191,6 +198,7 @@ async fn write_missing_samples() {
     }
     assert_eq!(log, users(65));
     owners::claim(&*home, "01jarz3ndektsv4rrffq69g5fa", "kalamdb-0").await.unwrap();
+    owners::hold(&*home, "01jarz3ndektsv4rrffq69g5fa").await.unwrap();
     let stored = async |path: Path| home.get(&path).await.unwrap().bytes().await.unwrap().to_vec();
     assert_eq!(stream::FORMAT, 1, "samples of another format belong in another folder");
     for (name, bytes) in [
@@ -205,6 +213,7 @@ async fn write_missing_samples() {
         ("users-entry-64.json", stored(paths::users_entry(64)).await),
         ("users-entry-65.json", stored(paths::users_entry(65)).await),
         ("owners-entry-1.json", stored(paths::owners_entry(1)).await),
+        ("holder.json", stored(paths::holder()).await),
         ("all-types.parquet", parquet),
         ("catalog-snapshot-64.json", serde_json::to_vec(&snapshot).unwrap()),
         ("catalog-entry-65.json", serde_json::to_vec(&entry).unwrap()),

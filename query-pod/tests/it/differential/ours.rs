@@ -12,6 +12,7 @@ use kalamdb_query_pod::catalog::CatalogHandle;
 use kalamdb_query_pod::engine::{CacheLimits, Caches, Engine, EngineLimits, OpenError, Secrets, Storages};
 use kalamdb_query_pod::metrics::Metrics;
 use kalamdb_query_pod::sql::{Request, Sql, SqlLimits};
+use kalamdb_table_store::owners;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 use serde_json::value::RawValue;
@@ -78,11 +79,13 @@ impl Ours {
         let engine = self.engine_on(&catalog).await?;
         let caches = CacheLimits { cache_memory_bytes: 64 << 20, cache_disk_bytes: 0 };
         engine.storages().set_caches(Box::pin(Caches::open(self.dir.path(), &caches, 0)).await);
+        // Whatever volume comes later, the instance and its storages are those of the first one.
+        engine.set_owner("founder")?;
+        engine.follow_users(Arc::clone(&self.home));
         if volume == Volume::Lost {
-            engine.expect_rebuild()?;
+            engine.expect_rebuild(owners::used(self.home.as_ref()).await?)?;
             engine.serve_catalog(compiled)?;
         }
-        engine.follow_users(Arc::clone(&self.home));
         engine.open_known_streams(PATIENCE).await?;
         let sql = Sql::new(Arc::clone(&engine), sql_limits(), Arc::new(Metrics::default()))?;
         self.running = Some((engine, sql));
