@@ -195,6 +195,17 @@ pub async fn read_rows(
     table: &TableEntry,
     positions: &Positions,
 ) -> Result<Vec<Vec<Value>>, ReadError> {
+    Ok(rows_within(files, file, table, positions, usize::MAX).await?.unwrap_or_default())
+}
+
+/// As [`read_rows`]; `None` if the rows have more than `bytes_max` bytes of values, of which no more are held.
+async fn rows_within(
+    files: &DataFiles,
+    file: &FileEntry,
+    table: &TableEntry,
+    positions: &Positions,
+    bytes_max: usize,
+) -> Result<Option<Vec<Vec<Value>>>, ReadError> {
     let failed = |source| ReadError::File { path: file.path.clone(), source };
     let builder = open(files, file).await?;
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
@@ -202,15 +213,21 @@ pub async fn read_rows(
     let roots: Vec<usize> =
         wanted.filter_map(|column| position(builder.schema(), column.id, column.name.as_str())).collect();
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
-    let reader = builder.with_projection(mask).with_row_selection(positions.only(rows)).build().map_err(failed)?;
-    let mut found = Vec::new();
-    let mut batches = reader;
+    let fit = bytes_max / usize::try_from(file.widest_row).unwrap_or(usize::MAX).max(1);
+    let reader = builder.with_projection(mask).with_row_selection(positions.only(rows));
+    let mut batches = reader.with_batch_size(fit.clamp(1, BATCH_ROWS)).build().map_err(failed)?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
     while let Some(batch) = batches.try_next().await.map_err(failed)? {
         let rows = values::rows(table, &batch);
-        found.extend(rows.map_err(|source| ReadError::Value { path: file.path.clone(), source })?);
+        let rows = rows.map_err(|source| ReadError::Value { path: file.path.clone(), source })?;
+        bytes += rows.iter().flatten().map(Value::size).sum::<usize>();
+        if bytes > bytes_max {
+            return Ok(None);
+        }
+        found.extend(rows);
     }
     if found.len() as u64 == positions.len() {
-        Ok(found)
+        Ok(Some(found))
     } else {
         Err(ReadError::Positions { path: file.path.clone(), expected: positions.len(), found: found.len() as u64 })
     }
@@ -430,7 +447,8 @@ async fn keys_of(
 }
 
 /// Rows of `file` with keys in `range`, but those at `hidden`: at most `limit`, those with the least keys, or with the
-/// greatest if `descending`. By key, each with its values in the order of the table's columns.
+/// greatest if `descending`. By key, each with its values in the order of the table's columns. `None` if they have more than
+/// `bytes_max` bytes.
 ///
 /// # Errors
 /// If the file cannot be read.
@@ -441,7 +459,8 @@ pub async fn read_range(
     range: &KeyRange,
     hidden: &Positions,
     (limit, descending): (usize, bool),
-) -> Result<Vec<(Vec<u8>, Vec<Value>)>, ReadError> {
+    bytes_max: usize,
+) -> Result<Option<Vec<(Vec<u8>, Vec<Value>)>>, ReadError> {
     let rows = u32::try_from(file.rows).map_err(|_| ReadError::TooManyRows { path: file.path.clone() })?;
     let start = rows_below(files, file, table, &range.from, rows).await?;
     let end = match &range.to {
@@ -455,14 +474,15 @@ pub async fn read_range(
         (start..end).filter(shown).take(limit).collect()
     };
     if positions.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
     let key_positions = table.key_positions();
     let keyed = |values: Vec<Value>| {
         let key: Vec<Value> = key_positions.iter().map(|at| values[*at].clone()).collect();
         (key::encode(&key), values)
     };
-    Ok(read_rows(files, file, table, &positions).await?.into_iter().map(keyed).collect())
+    let found = rows_within(files, file, table, &positions, bytes_max).await?;
+    Ok(found.map(|rows| rows.into_iter().map(keyed).collect()))
 }
 
 /// A statistic as the beginning of a key. `None` where there is none, or none that can be used.

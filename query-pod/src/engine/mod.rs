@@ -33,6 +33,7 @@ mod users;
 mod write;
 
 use std::collections::BTreeSet;
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -40,6 +41,7 @@ use std::time::Duration;
 
 use kalamdb_model::{Catalog, InstanceId, Owner, TableEntry};
 use kalamdb_write_buffer::{Applied, CommitError, Options, WriteBuffer};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -71,7 +73,7 @@ pub struct EngineLimits {
     /// Most buffered bytes of one user's part of a table; above it writes to it are refused until it is flushed.
     #[arg(long, default_value_t = 64 << 20)]
     pub instance_bytes_max: u64,
-    /// Most buffered bytes of all users; from half of it on the largest are flushed, above it writes are refused. Rows for
+    /// Most buffered bytes of all users; from a quarter on the largest are flushed, above it writes are refused. Rows for
     /// one storage take at most half of it, where there are others.
     #[arg(long, default_value_t = 2 << 30)]
     pub buffered_bytes_max: u64,
@@ -105,6 +107,8 @@ pub struct Engine {
     /// Set when the disk has failed a write: RocksDB refuses all further ones until the folder is opened again.
     broken: AtomicBool,
     compactions: compact::Compactions,
+    /// One for each reader that filters buffered rows.
+    filters: Arc<Semaphore>,
     jobs: Jobs,
     /// Set when the data is another's, for good.
     disowned: OnceLock<Disowned>,
@@ -170,6 +174,7 @@ impl Engine {
             metrics,
             broken: AtomicBool::new(false),
             compactions: compact::Compactions::default(),
+            filters: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, NonZero::get).max(2))),
             jobs: Jobs::default(),
             disowned: OnceLock::new(),
             tasks: TaskTracker::new(),

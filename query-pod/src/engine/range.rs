@@ -89,6 +89,7 @@ impl Engine {
                 outcome = Header::parse(row).map_err(ReadError::from).and_then(|header| {
                     visited += 1;
                     if !header.fresh {
+                        found.bytes += key.len();
                         newer.insert(key.to_vec());
                     }
                     if header.deleted { Ok(()) } else { found.add(key.to_vec(), Row::Buffered(row.to_vec())) }
@@ -117,14 +118,10 @@ impl Engine {
             }
             // So many of its rows may be hidden by newer ones.
             let wanted = limit.saturating_add(newer.len());
-            let average = file.bytes / file.rows.max(1);
-            if average.saturating_mul(wanted as u64) > BYTES_MAX as u64 {
-                return Ok(None);
-            }
-            let hidden = file.hidden();
-            for (key, values) in
-                parquet_read::read_range(&store, file, table, &range, &hidden, (wanted, descending)).await?
-            {
+            let (hidden, of) = (file.hidden(), (wanted, descending));
+            let near = parquet_read::read_range(&store, file, table, &range, &hidden, of, BYTES_MAX);
+            let Some(near) = near.await? else { return Ok(None) };
+            for (key, values) in near {
                 if !newer.contains(&key) {
                     found.add(key, Row::Filed(values))?;
                 }

@@ -200,8 +200,18 @@ impl Engine {
             self.check_rebuilt(&want.table, &id.owner).await?;
             wanted.push((self.instances.get(&id)?, want));
         }
-        let engine = Arc::clone(self);
-        let taken = tokio::task::spawn_blocking(move || engine.take(&wanted, room)).await??;
+        // Filters compute: no more at once than there are processors.
+        let filters = wanted.iter().any(|(_, want)| matches!(want.needed, Needed::Where(_)));
+        let turn = if filters { Arc::clone(&self.filters).acquire_owned().await.ok() } else { None };
+        // A statement that is given up drops this, and needs no further room.
+        let waiting = Arc::new(());
+        let (engine, waits, mut room) = (Arc::clone(self), Arc::downgrade(&waiting), room);
+        let taking = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            engine.take(&wanted, |bytes| waits.strong_count() > 0 && room(bytes))
+        });
+        let taken = taking.await??;
+        drop(waiting);
         let mut all = BTreeMap::new();
         for Taken { instance, table, mut rows, unknown } in taken {
             self.check_owner(&table, &instance.id, &rows.view)?;
@@ -330,11 +340,12 @@ impl<'a, R: FnMut(usize) -> bool> Reading<'a, R> {
     fn keep(&mut self) -> Result<(), ReadError> {
         for batch in self.batches.take_full() {
             let batch = if let Needed::Where(keep) = &self.want.needed { keep(batch) } else { batch };
-            if batch.num_rows() == 0 && !self.kept.is_empty() {
-                continue;
-            }
-            if !(self.room)(batch.get_array_memory_size()) {
+            let is_left_out = batch.num_rows() == 0 && !self.kept.is_empty();
+            if !(self.room)(if is_left_out { 0 } else { batch.get_array_memory_size() }) {
                 return Err(ReadError::Full);
+            }
+            if is_left_out {
+                continue;
             }
             self.kept.push(batch);
         }

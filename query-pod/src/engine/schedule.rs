@@ -165,7 +165,9 @@ impl Schedule {
         // What is on its way into files makes room without further ado, and what has to wait for its storage makes none.
         let waits = |entry: &Dirty| entry.flushing || entry.not_before.is_some_and(|time| now < time);
         let going = sum(&|id, entry| snapshot.table_by_id(id.table).is_some() && waits(entry));
-        let mut too_much = self.bytes().saturating_sub(going).saturating_sub(engine.limits.buffered_bytes_max / 2);
+        // Before one storage has the half at which its rows are refused.
+        let enough = engine.limits.buffered_bytes_max / 4;
+        let mut too_much = self.bytes().saturating_sub(going).saturating_sub(enough);
         if too_much > 0 {
             let mut others: Vec<_> = dirty.iter_mut().filter(|(_, entry)| !waits(entry)).collect();
             others.sort_unstable_by_key(|(_, entry)| std::cmp::Reverse(entry.bytes));

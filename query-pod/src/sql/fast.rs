@@ -83,7 +83,9 @@ impl Sql {
         if asked.parameters != request.params.len() {
             return Ok(None);
         }
-        let found = self.engine.range(table, &owner, asked.window).await;
+        let (engine, of, window) = (Arc::clone(&self.engine), Arc::clone(table), asked.window.clone());
+        let found = self.workers.run(async move { engine.range(&of, &owner, window).await }).await;
+        let found = found.map_err(|error| ApiError::internal(&error))?;
         let Some(rows) = found.map_err(|error| engine_errors::of_read(&error))? else { return Ok(None) };
         let mut builder = BatchBuilder::new(table, &asked.columns);
         for row in rows {
@@ -526,9 +528,8 @@ impl Source {
         let mut descending = None;
         for (OrderByExpr { expr, options, with_fill }, wanted) in by.iter().zip(&key[first..]) {
             let (at, name) = self.column(expr)?;
-            // A name of the answer goes before that of a column.
-            let answered = matches!(expr, Expr::Identifier(_)).then(|| names.iter().position(|other| *other == name));
-            let other = answered.flatten().is_some_and(|shown| columns[shown] != at);
+            // A name of the answer goes before that of a column, and one that is qualified is ambiguous beside it.
+            let other = names.iter().position(|other| *other == name).is_some_and(|shown| columns[shown] != at);
             let down = options.asc == Some(false);
             if at != *wanted || other || with_fill.is_some() || descending.is_some_and(|other| other != down) {
                 return None;

@@ -358,7 +358,9 @@ fn ordered(rng: &mut StdRng, shape: &Shape) -> Asked {
     }
     let direction = pick(rng, &["", " ASC", " DESC", " DESC NULLS LAST"]);
     let from = rng.random_range(0..=equal.min(key.len() - 1));
-    let by: Vec<String> = key[from..].iter().map(|(name, ..)| format!("{name}{direction}")).collect();
+    let qualified = rng.random_range(0..3) == 0;
+    let qualifier = if qualified { format!("{}.", shape.name) } else { String::new() };
+    let by: Vec<String> = key[from..].iter().map(|(name, ..)| format!("{qualifier}{name}{direction}")).collect();
     let column = |rng: &mut StdRng| shape.columns[rng.random_range(0..shape.columns.len())].0;
     let items = match rng.random_range(0..5) {
         0..=2 => "*".to_owned(),

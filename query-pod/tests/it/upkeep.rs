@@ -148,7 +148,7 @@ async fn files_that_nobody_names_are_removed_and_no_others() -> anyhow::Result<(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_all_buffers_together_are_full_the_largest_go_first() -> anyhow::Result<()> {
     let mut world = World::new(1, Rates::default())?;
-    world.buffered_bytes_max = 400_000;
+    world.buffered_bytes_max = 800_000;
     let (engine, table) = world.open()?;
     let put = async |owner: &Owner, id: i64, bytes: usize| {
         let row = message(&table, id, &"x".repeat(bytes));
@@ -173,7 +173,7 @@ async fn when_all_buffers_together_are_full_the_largest_go_first() -> anyhow::Re
             Err(error) => break error,
         }
     };
-    ensure!(matches!(refused, WriteError::PodFull { limit: 400_000, .. }) && written < 40, "{refused:?}, {written}");
+    ensure!(matches!(refused, WriteError::PodFull { limit: 800_000, .. }) && written < 80, "{refused:?}, {written}");
     world.faults.set_down(false);
     eventually("there is room again", async || Ok(put(&large, 100 + written, 10_000).await.is_ok())).await?;
     ensure!(contents(&world, &engine, &table, &large).await?.len() == 21 + usize::try_from(written)?);
